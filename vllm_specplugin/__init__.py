@@ -1,0 +1,82 @@
+"""Open speculative decoding for vLLM: any proposer, any scorer, any policy.
+
+Importing this package imports neither vLLM nor torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_specplugin.draft import EMPTY_TREE, DraftTree
+from vllm_specplugin.errors import (
+    ConfigError,
+    DraftTreeError,
+    SpecPluginError,
+    UnknownNameError,
+    UnsupportedError,
+)
+from vllm_specplugin.registry import POLICIES, PROPOSERS, SCORERS
+
+__all__ = [
+    "EMPTY_TREE",
+    "POLICIES",
+    "PROPOSERS",
+    "SCORERS",
+    "ConfigError",
+    "DraftTree",
+    "DraftTreeError",
+    "SpecPluginError",
+    "UnknownNameError",
+    "UnsupportedError",
+    "__version__",
+    "register",
+    "speculate",
+]
+
+__version__ = "0.1.0"
+
+
+def speculate(
+    proposer: str = "suffix",
+    *,
+    scorer: str = "exact",
+    policy: str = "fixed",
+    max_nodes: int = 16,
+    **options: Any,
+) -> dict[str, Any]:
+    """Engine arguments that switch this plugin on.
+
+    Args:
+        proposer: name or dotted path of what drafts.
+        scorer: name or dotted path of what decides acceptance.
+        policy: name or dotted path of what decides how much is drafted.
+        max_nodes: most draft tokens per request and step.
+        options: options by role, ``policy_options``-style names are not used:
+            ``proposer_options={"max_match": 32}`` is spelt
+            ``options={"proposer": {"max_match": 32}}`` on the command line and
+            ``speculate(..., proposer_options={...})`` here; further settings
+            such as ``draft_timeout_ms=50`` go by their own names.
+
+    Returns:
+        Keyword arguments for ``vllm.LLM`` or ``vllm.EngineArgs``.
+
+    Raises:
+        ConfigError: a name or an option is wrong.
+        UnsupportedError: the installed vLLM is not a supported one.
+    """
+    from vllm_specplugin.vllm.args import engine_arguments
+
+    return engine_arguments(
+        proposer=proposer,
+        scorer=scorer,
+        policy=policy,
+        max_nodes=max_nodes,
+        options=options,
+    )
+
+
+def register() -> None:
+    """vLLM's entry point, called in each of its processes. Idempotent."""
+    from vllm_specplugin.vllm.plugin import register as register_plugin
+
+    register_plugin()

@@ -1,0 +1,247 @@
+"""Configuration: what the operator may set, and how it is checked.
+
+The whole configuration travels as one plain dict inside vLLM's
+``additional_config`` (key :data:`CONFIG_KEY`), so it reaches every process and
+enters vLLM's configuration hash. Options of one algorithm live with the
+algorithm, as a frozen ``Config`` dataclass whose fields are made with
+:func:`option`; :func:`parse_options` turns a mapping into it and refuses
+unknown keys, wrong types and values out of range.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from vllm_specplugin.draft import MAX_NODES
+from vllm_specplugin.errors import ConfigError, complain
+from vllm_specplugin.registry import POLICIES, PROPOSERS, SCORERS, Registry
+
+__all__ = [
+    "CONFIG_KEY",
+    "ROLES",
+    "SpecConfig",
+    "build",
+    "cache_dir",
+    "option",
+    "parse_options",
+]
+
+CONFIG_KEY = "specplugin"
+"""Our key in vLLM's ``additional_config``."""
+
+ROLES: Mapping[str, Registry] = {
+    "proposer": PROPOSERS,
+    "scorer": SCORERS,
+    "policy": POLICIES,
+}
+
+T = TypeVar("T")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A dataclass field with its limits (inclusive) and one line of help."""
+    return dataclasses.field(
+        default=default,
+        metadata={"help": help, "low": low, "high": high, "choices": choices},
+    )
+
+
+def parse_options(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Builds the dataclass ``cls`` from ``values``.
+
+    Args:
+        cls: a dataclass whose fields were made with :func:`option`.
+        values: the settings given by the operator.
+        where: how to name these settings in messages: ``"suffix options"``.
+
+    Raises:
+        ConfigError: unknown key, wrong type, or value out of range.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            complain(f"{where} {values!r}", "an object", "write it as JSON: {}")
+        )
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(fields)):
+        raise ConfigError(
+            complain(
+                f"{where} has no {', '.join(map(repr, unknown))}",
+                f"only {', '.join(fields) or 'an empty object'}",
+                "remove or rename the key",
+            )
+        )
+    hints = get_type_hints(cls)
+    return cls(
+        **{
+            name: _check(value, hints[name], fields[name], f"{where}: {name}")
+            for name, value in values.items()
+        }
+    )
+
+
+def _check(value: Any, hint: Any, field: dataclasses.Field[Any], where: str) -> Any:
+    meta = field.metadata
+    low, high, choices = meta.get("low"), meta.get("high"), meta.get("choices")
+    remedy = f"see its help ({meta.get('help', field.name)})"
+    kind = hint if isinstance(hint, type) else object
+    # bool is an int in Python, but `true` is no number of nodes.
+    ok = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value, ok = float(value), True
+    if choices is not None:
+        if value not in choices:
+            raise ConfigError(
+                complain(f"{where}={value!r}", f"one of {', '.join(choices)}", remedy)
+            )
+    elif not ok:
+        raise ConfigError(
+            complain(f"{where}={value!r}", f"a value of type {kind.__name__}", remedy)
+        )
+    # Written so that NaN fails too.
+    if (low is not None and not value >= low) or (
+        high is not None and not value <= high
+    ):
+        bounds = (
+            f"at least {low}"
+            if high is None
+            else f"at most {high}"
+            if low is None
+            else f"a value from {low} to {high}"
+        )
+        raise ConfigError(complain(f"{where}={value!r}", bounds, remedy))
+    return value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpecConfig:
+    """The operator's choice of proposer, scorer and policy.
+
+    Raises:
+        ConfigError: from :meth:`from_dict` and :meth:`check`.
+    """
+
+    proposer: str = option("suffix", "what drafts")
+    scorer: str = option("exact", "what decides acceptance")
+    policy: str = option("fixed", "how much to draft, for whom")
+    max_nodes: int = option(
+        16, "most draft tokens per request and step", low=1, high=MAX_NODES
+    )
+    draft_timeout_ms: float = option(
+        100.0,
+        "drafts of a proposer call that takes longer are dropped and counted",
+        low=0.001,
+    )
+    max_failures: int = option(
+        10, "failed proposer calls in a row before it is switched off", low=1
+    )
+    options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SpecConfig:
+        """Parses the dict form, as found in ``additional_config``."""
+        values = dict(values)
+        options = values.pop("options", {})
+        config = dataclasses.replace(
+            parse_options(cls, values, "specplugin configuration"), options=options
+        )
+        config.check()
+        return config
+
+    @classmethod
+    def from_flags(
+        cls,
+        *,
+        proposer: str,
+        scorer: str,
+        policy: str,
+        max_nodes: int,
+        options: Mapping[str, Any],
+    ) -> SpecConfig:
+        """From the command line, where ``options`` holds the algorithms'
+        options by role (``{"proposer": {...}}``) and the remaining settings."""
+        if not isinstance(options, Mapping):
+            raise ConfigError(
+                complain(
+                    f"spec options {options!r}",
+                    "an object",
+                    'write JSON such as {"proposer": {"max_match": 32}}',
+                )
+            )
+        return cls.from_dict(
+            {k: v for k, v in options.items() if k not in ROLES}
+            | {
+                "proposer": proposer,
+                "scorer": scorer,
+                "policy": policy,
+                "max_nodes": max_nodes,
+                "options": {k: v for k, v in options.items() if k in ROLES},
+            }
+        )
+
+    def check(self) -> None:
+        """Resolves every name and parses every option, building nothing."""
+        if not isinstance(self.options, Mapping) or set(self.options) - set(ROLES):
+            raise ConfigError(
+                complain(
+                    f"options {self.options!r}",
+                    f"an object with keys among {', '.join(ROLES)}",
+                    'write {"proposer": {...}, "policy": {...}}',
+                )
+            )
+        for role in ROLES:
+            resolve(self, role)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON and for vLLM's configuration hash."""
+        return dataclasses.asdict(self)
+
+
+def resolve(config: SpecConfig, role: str) -> tuple[Callable[..., Any], Any]:
+    """The factory of a role and its parsed options (``None`` without any)."""
+    name = getattr(config, role)
+    factory = ROLES[role].get(name)
+    values = config.options.get(role, {})
+    options_class = getattr(factory, "Config", None)
+    if options_class is not None:
+        return factory, parse_options(options_class, values, f"{name} options")
+    if values:
+        raise ConfigError(
+            complain(
+                f"options {values!r} for {role} {name!r}",
+                "no options",
+                "leave them out",
+            )
+        )
+    return factory, None
+
+
+def build(config: SpecConfig, role: str, engine: Any) -> Any:
+    """Builds the algorithm of one role.
+
+    Args:
+        config: the operator's configuration.
+        role: ``"proposer"``, ``"scorer"`` or ``"policy"``.
+        engine: an :class:`~vllm_specplugin.interfaces.EngineInfo`.
+    """
+    factory, options = resolve(config, role)
+    return factory(options, engine)
+
+
+def cache_dir() -> Path:
+    """Where derived files go: ``$SPECPLUGIN_CACHE``, else the user's cache."""
+    base = os.environ.get("SPECPLUGIN_CACHE")
+    if base:
+        return Path(base)
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    return (Path(xdg) if xdg else Path.home() / ".cache") / "vllm-specplugin"

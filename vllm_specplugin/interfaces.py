@@ -1,0 +1,217 @@
+"""The three roles and what each of them may see.
+
+Polymorphic here: who drafts (:class:`Proposer`), who decides
+(:class:`Scorer`), and how much is drafted for whom (:class:`LengthPolicy`).
+Everything else (layout of a tree in the KV cache, attention, positions, logits
+processing, compaction) belongs to the engine and is the same for all of them.
+
+Contexts are frozen and hold arrays and tensors only: no vLLM object appears in
+this module, so algorithms run and are tested without an engine.
+
+Notation: p is the target distribution after the request's processing
+(temperature, top-k, top-p, penalties, masks), q the draft distribution. A
+*position* is the index of a token in its request's sequence, prompt included;
+the next token of a request with ``n`` known tokens has position ``n``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_specplugin.draft import DraftTree
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "BudgetContext",
+    "EngineInfo",
+    "LengthPolicy",
+    "ProposeContext",
+    "Proposer",
+    "RequestView",
+    "ScoreBatch",
+    "ScoreResult",
+    "Scorer",
+    "StepOutcome",
+    "TrimContext",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What is fixed for the lifetime of the engine."""
+
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_nodes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestView:
+    """One request as its proposer sees it after a step."""
+
+    req_id: str
+    """Unique among live requests; may be reused after :meth:`Proposer.release`."""
+    tokens: npt.NDArray[np.int32]
+    """``[num_tokens]`` prompt and output so far. A view of the engine's buffer:
+    valid during the call only, to be copied if kept, never to be written."""
+    num_prompt_tokens: int
+    max_nodes: int
+    """Most nodes this request may draft now, at least 1."""
+    max_depth: int
+    """Deeper nodes could not be emitted (``max_tokens``, ``max_model_len``)."""
+    temperature: float
+    """0 for greedy decoding."""
+    top_k: int
+    """0 when off."""
+    top_p: float
+    """1 when off."""
+    seed: int
+    """Key of the request's noise: the token at ``position`` is
+    ``argmax_v log p(v) + gumbel(seed, position, v)`` under the scorer
+    ``exact``. See :mod:`vllm_specplugin.noise`."""
+    options: Mapping[str, Any]
+    """The request's own options (``SamplingParams.extra_args``)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProposeContext:
+    """A batch of requests that want drafts."""
+
+    requests: Sequence[RequestView]
+
+
+@runtime_checkable
+class Proposer(Protocol):
+    """Drafts one tree per request.
+
+    Built once per worker as ``Factory(config, engine)``. Must be deterministic
+    in what it is shown: tensor-parallel ranks each run their own copy and have
+    to draft the same trees.
+    """
+
+    def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
+        """Called after each step, with the requests whose budget is not zero.
+
+        Returns:
+            One tree per request of ``ctx.requests``, in the same order;
+            :data:`~vllm_specplugin.draft.EMPTY_TREE` for none.
+        """
+        ...
+
+    def release(self, req_ids: Sequence[str]) -> None:
+        """Called when requests finish or are aborted (not on preemption),
+        before any of their ids is used again. Unknown ids are to be ignored."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreBatch:
+    """The verified rows of one step.
+
+    Request ``r`` owns rows ``starts[r] .. starts[r + 1] - 1``: its root, then
+    the nodes of its tree in topological order.
+    """
+
+    logits: torch.Tensor
+    """``[rows, vocab]`` float32, processed: log p up to a constant per row,
+    with ``-inf`` where p is zero. Greedy requests are not scaled."""
+    starts: npt.NDArray[np.int32]
+    """``[requests + 1]`` row offsets."""
+    tokens: npt.NDArray[np.int32]
+    """``[rows]`` token of each node; -1 at roots and at padding."""
+    parents: npt.NDArray[np.int32]
+    """``[rows]`` row of each node's parent; -1 at roots."""
+    positions: npt.NDArray[np.int64]
+    """``[rows]`` position of the token that the row emits."""
+    greedy: npt.NDArray[np.bool_]
+    """``[requests]`` whether the request decodes greedily."""
+    seeds: npt.NDArray[np.uint64]
+    """``[requests]`` noise keys."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreResult:
+    """What is emitted, and from which rows."""
+
+    tokens: npt.NDArray[np.int32]
+    """``[requests, width]`` emitted tokens, padded with -1."""
+    rows: npt.NDArray[np.int32]
+    """``[requests, width]`` the row each token was emitted from, padded with
+    the request's root row. ``rows[r, 1:lengths[r]]`` are the accepted nodes."""
+    lengths: npt.NDArray[np.int32]
+    """``[requests]`` emitted tokens: accepted nodes plus one, at least 1."""
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Decides which drafted tokens are kept and which token follows them."""
+
+    def score(self, batch: ScoreBatch) -> ScoreResult:
+        """Called once per step with all requests, drafting or not."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetContext:
+    """What a policy knows before anything is drafted."""
+
+    req_ids: Sequence[str]
+    limits: Sequence[int]
+    """Most nodes each request could use now."""
+    num_tokens: Sequence[int]
+    """Context length of each request."""
+    options: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrimContext:
+    """What a policy knows after drafting."""
+
+    req_ids: Sequence[str]
+    survival: Sequence[npt.NDArray[np.float32]]
+    """Per request, the nodes' estimated survival in decreasing order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutcome:
+    """What happened in one verified step."""
+
+    req_ids: Sequence[str]
+    drafted: Sequence[int]
+    """Nodes verified per request."""
+    accepted: Sequence[int]
+    """Nodes accepted per request."""
+    seconds: float
+    """Time from the start of this step to the start of the drafting."""
+
+
+@runtime_checkable
+class LengthPolicy(Protocol):
+    """Decides how many nodes each request has verified.
+
+    Decisions must not depend on the value of a *sampled* draft token they
+    drop; deterministic proposers, which all built-in ones are given the keyed
+    noise, may be trimmed freely.
+    """
+
+    def budget(self, ctx: BudgetContext) -> Sequence[int]:
+        """Called before drafting: most nodes per request. The proposer is not
+        called for a request that gets 0."""
+        ...
+
+    def trim(self, ctx: TrimContext) -> Sequence[int]:
+        """Called after drafting: how many of each request's most likely nodes
+        to verify. More than a tree has means all of it."""
+        ...
+
+    def observe(self, outcome: StepOutcome) -> None:
+        """Called after each step that verified or emitted anything."""
+        ...

@@ -1,0 +1,73 @@
+"""Counters of what was drafted, accepted and moved, and why drafts failed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_specplugin.draft import MAX_NODES
+
+__all__ = ["SpecMetrics"]
+
+
+@dataclass(slots=True)
+class SpecMetrics:
+    """Totals since start, for one worker."""
+
+    steps: int = 0
+    """Steps that emitted anything."""
+    steps_without_drafts: int = 0
+    requests: int = 0
+    """Request-steps: a request taking part in a step."""
+    drafts: int = 0
+    """Request-steps with at least one node verified."""
+    nodes: int = 0
+    """Nodes verified."""
+    accepted: int = 0
+    emitted: int = 0
+    tree_requests: int = 0
+    """Request-steps that needed the tree mask."""
+    kv_rows_moved: int = 0
+    propose_calls: int = 0
+    propose_seconds: float = 0.0
+    accepted_by_depth: list[int] = field(default_factory=lambda: [0] * MAX_NODES)
+    failures: Counter[str] = field(default_factory=Counter)
+    """Why drafts were lost: ``proposer_error``, ``malformed_tree``,
+    ``timeout``, ``policy_error``, ``scorer_error``, ``disabled``."""
+
+    @property
+    def acceptance_length(self) -> float:
+        """``1 + accepted / drafts``, vLLM's definition; 1 without drafts."""
+        return 1 + self.accepted / self.drafts if self.drafts else 1.0
+
+    @property
+    def tokens_per_request_step(self) -> float:
+        """Emitted tokens per request and step, drafting or not."""
+        return self.emitted / self.requests if self.requests else 0.0
+
+    def observe(self, drafted: int, accepted: int, emitted: int) -> None:
+        """Adds one request's part in one step."""
+        self.requests += 1
+        self.emitted += emitted
+        if drafted:
+            self.drafts += 1
+            self.nodes += drafted
+            self.accepted += accepted
+            for depth in range(accepted):
+                self.accepted_by_depth[depth] += 1
+
+    def snapshot(self) -> dict[str, Any]:
+        """Plain data, for RPC and JSON."""
+        values: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in self.__slots__
+            if name not in ("accepted_by_depth", "failures")
+        }
+        deepest = max((d for d, n in enumerate(self.accepted_by_depth) if n), default=-1)
+        return values | {
+            "accepted_by_depth": self.accepted_by_depth[: deepest + 1],
+            "failures": dict(self.failures),
+            "acceptance_length": self.acceptance_length,
+            "tokens_per_request_step": self.tokens_per_request_step,
+        }

@@ -1,0 +1,208 @@
+"""Gumbel noise as a pure function of (seed, position, token).
+
+The scorer ``exact`` emits ``argmax_v log p(v) + G(seed, position, v)``. Since
+``G`` is keyed and not drawn from a stream, the emitted text does not depend on
+batching, on drafting, or on how many tokens a step accepts; and a proposer may
+evaluate the same noise to guess the target's choice (coupled drafting: Daliri,
+Musco, Suresh 2408.07978; Rowan, Phan, Khisti 2506.05632).
+
+Bits come from Philox4x32-10 (Salmon et al., SC 2011) with the seed as key and
+``(token // 4, position low, position high, 0)`` as counter; token ``v`` takes
+word ``v % 4``. With ``u = (bits + 1/2) / 2^32``, ``E = -log(1 - u)`` is a
+standard exponential whose *small* values, which decide the argmax, keep full
+relative precision; ``G = -log E``.
+
+Three implementations give identical bits: :func:`philox4x32` in NumPy is the
+readable one and serves proposers, which evaluate few tokens; a compiled loop
+serves whole vocabularies on CPU; tensor arithmetic serves them elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["gumbel", "gumbel_rows", "philox4x32", "request_seed"]
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_LOW = 0xFFFFFFFF
+_ONE_BELOW_ONE = np.float32(1 - 2**-24)
+
+
+def philox4x32(
+    counter: npt.NDArray[np.uint64], key: tuple[int, int]
+) -> npt.NDArray[np.uint64]:
+    """Philox4x32-10.
+
+    Args:
+        counter: ``[4, n]`` 32-bit words, held in 64 bits.
+        key: two 32-bit words.
+
+    Returns:
+        ``[4, n]`` random 32-bit words, held in 64 bits.
+    """
+    low = np.uint64(_LOW)
+    shift = np.uint64(32)
+    a, b = np.uint64(_MULTIPLIERS[0]), np.uint64(_MULTIPLIERS[1])
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        x, y = a * c0, b * c2
+        c0, c1, c2, c3 = (
+            (y >> shift) ^ c1 ^ np.uint64(k0),
+            y & low,
+            (x >> shift) ^ c3 ^ np.uint64(k1),
+            x & low,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return np.stack([c0, c1, c2, c3])
+
+
+def gumbel(
+    seed: int, position: int, tokens: npt.NDArray[np.integer]
+) -> npt.NDArray[np.float32]:
+    """Noise of a few tokens at one position.
+
+    Args:
+        seed: key of the request, any 64-bit integer.
+        position: index in the sequence of the token being chosen.
+        tokens: ``[n]`` token ids.
+
+    Returns:
+        ``[n]`` standard Gumbel values.
+
+    >>> gumbel(1, 5, np.array([3, 9, 3])).round(3).tolist()
+    [-0.133, -0.416, -0.133]
+    """
+    tokens = np.asarray(tokens, dtype=np.uint64)
+    counter = np.empty((4, len(tokens)), dtype=np.uint64)
+    counter[0] = tokens >> np.uint64(2)
+    counter[1], counter[2], counter[3] = position & _LOW, (position >> 32) & _LOW, 0
+    words = philox4x32(counter, (seed & _LOW, (seed >> 32) & _LOW))
+    bits = words[(tokens & np.uint64(3)).astype(np.intp), np.arange(len(tokens))]
+    u = (bits.astype(np.float32) + np.float32(0.5)) * np.float32(2**-32)
+    u = np.minimum(u, _ONE_BELOW_ONE)
+    return -np.log(-np.log1p(-u))
+
+
+def gumbel_rows(
+    seeds: npt.NDArray[np.uint64],
+    positions: npt.NDArray[np.int64],
+    vocab_size: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """Noise of the whole vocabulary for several (seed, position) pairs.
+
+    Args:
+        seeds: ``[n]`` keys.
+        positions: ``[n]`` positions.
+        vocab_size: number of tokens.
+        device: where the result lives.
+
+    Returns:
+        ``[n, vocab_size]`` float32 standard Gumbel values.
+    """
+    import torch
+
+    if device.type == "cpu":
+        u = np.empty((len(seeds), vocab_size), dtype=np.float32)
+        _compiled_uniform()(seeds, positions.astype(np.uint64), u)
+        uniform = torch.from_numpy(u)
+    else:
+        uniform = _tensor_uniform(seeds, positions, vocab_size, device)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def request_seed(engine_seed: int, index: int) -> int:
+    """Seed of the ``index``-th admitted request that brings none of its own.
+
+    SplitMix64's output function: distinct for distinct indices, and the same
+    on every tensor-parallel rank because ranks admit in the same order.
+    """
+    mask = (1 << 64) - 1
+    z = (engine_seed * 0xD1342543DE82EF95 + (index + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
+
+
+def _tensor_uniform(
+    seeds: npt.NDArray[np.uint64],
+    positions: npt.NDArray[np.int64],
+    vocab_size: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """Tensor form of the compiled loop; int64 products wrap, so both halves of
+    a 32 x 32 bit product are recovered exactly by masking."""
+    import torch
+
+    def words(values: npt.NDArray[Any], shift: int) -> torch.Tensor:
+        part = (values.astype(np.uint64) >> np.uint64(shift)) & np.uint64(_LOW)
+        return torch.from_numpy(part.astype(np.int64)).to(device)[:, None]
+
+    blocks = -(-vocab_size // 4)
+    c0 = torch.arange(blocks, device=device).expand(len(seeds), blocks)
+    c1, c2 = words(positions, 0), words(positions, 32)
+    c3 = torch.zeros_like(c1)
+    k0, k1 = words(seeds, 0), words(seeds, 32)
+    for _ in range(_ROUNDS):
+        x, y = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            (y >> 32 & _LOW) ^ c1 ^ k0,
+            y & _LOW,
+            (x >> 32 & _LOW) ^ c3 ^ k1,
+            x & _LOW,
+        )
+        k0, k1 = k0 + _WEYL[0] & _LOW, k1 + _WEYL[1] & _LOW
+    shape = (len(seeds), blocks)
+    bits = torch.stack([c.expand(shape) for c in (c0, c1, c2, c3)], -1)
+    u = (bits.flatten(1)[:, :vocab_size].float() + 0.5) * 2**-32
+    return u.clamp_(max=float(_ONE_BELOW_ONE))
+
+
+@lru_cache(maxsize=1)
+def _compiled_uniform() -> Callable[..., None]:
+    from numba import njit  # half a second to import; vLLM depends on it
+
+    m0, m1 = np.uint64(_MULTIPLIERS[0]), np.uint64(_MULTIPLIERS[1])
+    w0, w1 = np.uint64(_WEYL[0]), np.uint64(_WEYL[1])
+    low, shift = np.uint64(_LOW), np.uint64(32)
+    below_one, half = _ONE_BELOW_ONE, np.float32(0.5)
+    scale = np.float32(2**-32)
+
+    @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+    def fill(seeds, positions, out):  # type: ignore[no-untyped-def]
+        vocab_size = out.shape[1]
+        blocks = (vocab_size + 3) // 4
+        for row in range(out.shape[0]):
+            for block in range(blocks):
+                c0, c3 = np.uint64(block), np.uint64(0)
+                c1, c2 = positions[row] & low, positions[row] >> shift
+                k0, k1 = seeds[row] & low, seeds[row] >> shift
+                for _ in range(_ROUNDS):
+                    x = m0 * c0
+                    y = m1 * c2
+                    c0 = (y >> shift) ^ c1 ^ k0
+                    c1 = y & low
+                    c2 = (x >> shift) ^ c3 ^ k1
+                    c3 = x & low
+                    k0 = (k0 + w0) & low
+                    k1 = (k1 + w1) & low
+                first = block * 4
+                for word in range(min(4, vocab_size - first)):
+                    bits = c0 if word == 0 else c1 if word == 1 else c2
+                    if word == 3:
+                        bits = c3
+                    u = (np.float32(bits) + half) * scale
+                    out[row, first + word] = min(u, below_one)
+
+    return fill  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""Length policies: how many nodes each request has verified, one per file."""

@@ -1,0 +1,25 @@
+"""Everything that touches vLLM: the only package here that imports it.
+
+Official seams used, and for what:
+
+========================================  ==================================
+entry point ``vllm.general_plugins``      being loaded in every process
+``additional_config``                     our configuration, in every process
+``speculative_config`` ``custom_class``   switching speculation on
+``num_speculative_tokens_per_batch_size`` no padding to a fixed draft length,
+                                          piecewise CUDA graphs
+``worker_cls``                            our worker, which adopts the runner
+``register_backend``                      tree attention
+``SamplingParams.extra_args``             per-request options
+========================================  ==================================
+
+Patches, each with the reason and when to remove it:
+
+``EngineArgs.add_cli_args`` and ``EngineArgs.from_cli_args`` (``plugin.py``)
+    wrapped to add and to read the ``--spec-*`` flags. General plugins have no
+    API for flags. Remove when vLLM gives them one.
+``runner.__class__`` (``worker.py``)
+    set to a subclass of the runner's class after ``init_device()``: the CPU
+    worker has no hook to choose its runner. Remove when ``CPUWorker`` calls
+    ``_make_model_runner()`` as the GPU worker does.
+"""

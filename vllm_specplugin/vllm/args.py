@@ -1,0 +1,166 @@
+"""Engine arguments: from ``speculate()`` and from ``vllm serve`` flags."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_specplugin.config import CONFIG_KEY, SpecConfig
+from vllm_specplugin.errors import ConfigError, complain
+from vllm_specplugin.vllm.upstream import check_version
+
+__all__ = ["DRAFTER", "WORKER", "add_flags", "apply_flags", "engine_arguments"]
+
+WORKER = "vllm_specplugin.vllm.worker.SpecWorker"
+DRAFTER = "vllm_specplugin.vllm.drafter.PluginDrafter"
+
+
+def engine_arguments(
+    *,
+    proposer: str,
+    scorer: str,
+    policy: str,
+    max_nodes: int,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Keyword arguments of ``vllm.EngineArgs`` that switch the plugin on.
+
+    Raises:
+        ConfigError: a name or an option is wrong.
+        UnsupportedError: the installed vLLM is not a supported one.
+    """
+    check_version()
+    config = SpecConfig.from_flags(
+        proposer=proposer,
+        scorer=scorer,
+        policy=policy,
+        max_nodes=max_nodes,
+        options=options,
+    )
+    drafted = 1 if config.proposer == "none" else config.max_nodes
+    return {
+        "worker_cls": WORKER,
+        "speculative_config": {
+            "method": "custom_class",
+            "model": DRAFTER,
+            "num_speculative_tokens": drafted,
+            # One entry for every batch size. Its presence makes the scheduler
+            # take drafts as they come instead of padding new requests with
+            # placeholders up to num_speculative_tokens.
+            "num_speculative_tokens_per_batch_size": [[1, 1, drafted]],
+        },
+        "additional_config": {CONFIG_KEY: config.to_dict()},
+    }
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the ``--spec-*`` flags in a group of their own."""
+    group = parser.add_argument_group(
+        "specplugin",
+        "Speculative decoding by vllm-specplugin. Giving --spec-proposer switches "
+        "it on; without it vLLM behaves as if the plugin were not installed. "
+        "`specplugin list` shows the names.",
+    )
+    group.add_argument(
+        "--spec-proposer",
+        metavar="NAME",
+        default=None,
+        help="What drafts: none, ngram, suffix, or a dotted path to a class.",
+    )
+    group.add_argument(
+        "--spec-scorer",
+        metavar="NAME",
+        default=None,
+        help="What decides acceptance. Default: exact (same text as without).",
+    )
+    group.add_argument(
+        "--spec-policy",
+        metavar="NAME",
+        default=None,
+        help="How much is drafted, for whom. Default: fixed.",
+    )
+    group.add_argument(
+        "--spec-max-nodes",
+        metavar="N",
+        type=int,
+        default=None,
+        help="Most draft tokens per request and step. Default: 16.",
+    )
+    group.add_argument(
+        "--spec-options",
+        metavar="JSON",
+        default=None,
+        help="Options by role and further settings, such as "
+        '\'{"proposer": {"min_survival": 0.2}, "draft_timeout_ms": 50}\'.',
+    )
+
+
+def apply_flags(args: argparse.Namespace) -> argparse.Namespace:
+    """Turns ``--spec-*`` values into engine arguments on a copy of ``args``.
+
+    Raises:
+        ConfigError: a value is wrong, flags of the plugin are given without
+            ``--spec-proposer``, or they contradict flags of vLLM.
+    """
+    names = ("proposer", "scorer", "policy", "max_nodes", "options")
+    given = {n: getattr(args, f"spec_{n}", None) for n in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return args
+    if "proposer" not in given:
+        flag = "--spec-" + next(iter(given)).replace("_", "-")
+        raise ConfigError(
+            complain(
+                f"{flag} without --spec-proposer",
+                "a proposer to use it with",
+                f"add --spec-proposer NAME or drop {flag}",
+            )
+        )
+    for flag in ("speculative_config", "spec_method", "spec_model", "spec_tokens"):
+        if getattr(args, flag, None) is not None:
+            name = "--" + flag.replace("_", "-")
+            raise ConfigError(
+                complain(
+                    f"{name} together with --spec-proposer",
+                    "one of the two",
+                    "drop one: both choose how to speculate",
+                )
+            )
+    if getattr(args, "worker_cls", "auto") != "auto":
+        raise ConfigError(
+            complain(
+                f"--worker-cls {args.worker_cls} together with --spec-proposer",
+                "vLLM's own worker",
+                "drop --worker-cls: the plugin brings its worker",
+            )
+        )
+    arguments = engine_arguments(
+        proposer=given["proposer"],
+        scorer=given.get("scorer", "exact"),
+        policy=given.get("policy", "fixed"),
+        max_nodes=given.get("max_nodes", 16),
+        options=_parse_json(given.get("options", "{}")),
+    )
+    own = arguments.pop("additional_config")
+    args = argparse.Namespace(**vars(args))
+    args.additional_config = {**(getattr(args, "additional_config", None) or {}), **own}
+    for name, value in arguments.items():
+        setattr(args, name, value)
+    return args
+
+
+def _parse_json(text: Any) -> Any:
+    if not isinstance(text, str):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            complain(
+                f"--spec-options {text!r} ({error})",
+                "JSON",
+                """quote it: --spec-options '{"proposer": {}}'""",
+            )
+        ) from error

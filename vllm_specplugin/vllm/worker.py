@@ -1,0 +1,146 @@
+"""Our worker: vLLM's, with its model runner made ours.
+
+``SpecWorker`` is a subclass of whatever worker the platform uses. It stops the
+engine with one message if any part of the plugin cannot be activated.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import Any
+
+from vllm_specplugin import __version__
+from vllm_specplugin.config import CONFIG_KEY, SpecConfig
+from vllm_specplugin.errors import ConfigError, UnsupportedError, complain
+from vllm_specplugin.vllm.upstream import check_version, installed_version
+
+__all__ = ["SpecWorkerMixin", "adopt"]
+
+logger = logging.getLogger(__name__)
+
+
+class SpecWorkerMixin:
+    """Mixed into the platform's worker class."""
+
+    def init_device(self) -> None:
+        check_version()
+        config = _configuration(self.vllm_config)  # type: ignore[attr-defined]
+        from vllm_specplugin.vllm.tree_attention.backend import register_tree_backends
+
+        register_tree_backends()
+        super().init_device()  # type: ignore[misc]
+        adopt(self.model_runner, config)  # type: ignore[attr-defined]
+
+    def compile_or_warm_up_model(self) -> Any:
+        result = super().compile_or_warm_up_model()  # type: ignore[misc]
+        logger.info(describe(self.model_runner))  # type: ignore[attr-defined]
+        return result
+
+    def specplugin_stats(self) -> dict[str, Any]:
+        """Counters since start; for ``collective_rpc("specplugin_stats")``."""
+        spec = self.model_runner.spec  # type: ignore[attr-defined]
+        return spec.metrics.snapshot() | {"chains_only": spec.why_chains}  # type: ignore[no-any-return]
+
+
+def adopt(runner: Any, config: SpecConfig) -> None:
+    """Makes a vLLM runner ours.
+
+    Raises:
+        UnsupportedError: the runner is not one the plugin knows, or a part of
+            the configuration rules trees and chains out altogether.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from vllm_specplugin.vllm.runner_v1 import SpecState, TreeRunnerV1
+
+    if not isinstance(runner, GPUModelRunner):
+        raise UnsupportedError(
+            complain(
+                f"model runner {type(runner).__module__}.{type(runner).__name__}",
+                "vLLM's first model runner",
+                "unset VLLM_USE_V2_MODEL_RUNNER",
+            )
+        )
+    if runner.use_async_scheduling:
+        raise UnsupportedError(
+            complain(
+                "asynchronous scheduling",
+                "synchronous scheduling: drafts are made from the sampled tokens",
+                "drop --async-scheduling",
+            )
+        )
+    if runner.is_pooling_model or runner.model_config.is_encoder_decoder:
+        raise UnsupportedError(
+            complain(
+                f"model {runner.model_config.model}",
+                "a decoder-only model that generates text",
+                "drop --spec-proposer for this model",
+            )
+        )
+    base = type(runner)
+    runner.__class__ = type(f"Tree{base.__name__}", (TreeRunnerV1, base), {})
+    runner.spec = SpecState(config, runner)
+
+
+def describe(runner: Any) -> str:
+    """One line: what is active, and on which runner."""
+    spec = runner.spec
+    config = spec.config
+    shape = (
+        "draft trees"
+        if spec.why_chains is None
+        else f"draft chains only, because {spec.why_chains}"
+    )
+    return (
+        f"vllm-specplugin {__version__} is active on {type(runner).__name__} of vLLM "
+        f"{installed_version()}: proposer={config.proposer} scorer={config.scorer} "
+        f"policy={config.policy} max_nodes={spec.engine.max_nodes} ({shape})"
+    )
+
+
+def _configuration(vllm_config: Any) -> SpecConfig:
+    found = vllm_config.additional_config
+    if not isinstance(found, dict) or CONFIG_KEY not in found:
+        raise ConfigError(
+            complain(
+                f"additional_config without {CONFIG_KEY!r}",
+                "the plugin's configuration there",
+                "pass all arguments that speculate() returns, and add to "
+                "additional_config instead of replacing it",
+            )
+        )
+    if vllm_config.speculative_config is None:
+        raise ConfigError(
+            complain(
+                "no speculative_config",
+                "the one that speculate() returns",
+                "pass all arguments that speculate() returns",
+            )
+        )
+    return SpecConfig.from_dict(found[CONFIG_KEY])
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SpecWorker":
+        return _worker_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@lru_cache(maxsize=1)
+def _worker_class() -> type:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker as Base
+    elif current_platform.is_cuda_alike():
+        from vllm.v1.worker.gpu_worker import Worker as Base  # type: ignore[assignment]
+    else:
+        raise UnsupportedError(
+            complain(
+                f"platform {current_platform.device_name}",
+                "CPU, CUDA or ROCm",
+                "drop --spec-proposer on this platform",
+            )
+        )
+    return type("SpecWorker", (SpecWorkerMixin, Base), {"__module__": __name__})
