@@ -79,7 +79,7 @@ class Registry:
         for entry_point in self._entry_points():
             if entry_point.name == name:
                 return self._import(name, entry_point.value)
-        if "." in name:
+        if "." in name or ":" in name:
             return self._import(name, name)
         raise UnknownNameError(
             complain(

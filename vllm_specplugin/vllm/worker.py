@@ -42,6 +42,17 @@ class SpecWorkerMixin:
         spec = self.model_runner.spec  # type: ignore[attr-defined]
         return spec.metrics.snapshot() | {"chains_only": spec.why_chains}  # type: ignore[no-any-return]
 
+    def specplugin_reset(self) -> None:
+        """Starts over with a fresh proposer, policy and counters, as after a
+        restart; for measurements. Drafts in flight are forgotten."""
+        from vllm_specplugin.vllm.runner_v1 import SpecState
+
+        runner = self.model_runner  # type: ignore[attr-defined]
+        old = runner.spec
+        runner.spec = SpecState(old.config, runner)
+        runner.spec.why_chains = old.why_chains
+        runner.spec.seeds, runner.spec.admitted = old.seeds, old.admitted
+
 
 def adopt(runner: Any, config: SpecConfig) -> None:
     """Makes a vLLM runner ours.

@@ -1,0 +1,158 @@
+"""Engines for the tests: one process per configuration, shared by a session."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_specplugin.engines import EngineProcess
+
+HERE = Path(__file__).parent
+TARGET = HERE.parents[1] / "examples" / "models" / "target"
+MAX_NODES = 12
+
+_BASE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 512,
+    "max_num_seqs": 8,
+    "block_size": 32,
+    "kv_cache_memory_bytes": 256 << 20,
+    "disable_log_stats": False,
+}
+_BLOCK_BYTES = 6 * 2 * 4 * 64 * 4 * 32  # layers, k and v, heads, size, float32, tokens
+
+ENGINES: dict[str, dict[str, Any]] = {
+    # prompts come in chunks beside drafts, and cached prefixes are reused
+    "chunked": {"max_num_batched_tokens": 96, "enable_prefix_caching": True},
+    "uncached": {"enable_prefix_caching": False},
+    # room for about three of eight requests: preemption in mid-draft
+    "preempting": {
+        "kv_cache_memory_bytes": 24 * _BLOCK_BYTES,
+        "enable_prefix_caching": True,
+    },
+}
+
+
+class Engine(EngineProcess):
+    """An engine process with what the tests ask of it."""
+
+    def texts(
+        self,
+        prompts: list[list[int]],
+        use: str,
+        *,
+        temperature: float | list[float] = 0.0,
+        oracle: list[list[int]] | None = None,
+        max_tokens: int = 48,
+        together: bool = True,
+        **params: Any,
+    ) -> list[list[int]]:
+        """Output token ids, one request per prompt, seeded by its index."""
+        result = self.generate(
+            prompts,
+            use,
+            temperature=temperature,
+            oracle=oracle,
+            max_tokens=max_tokens,
+            together=together,
+            **params,
+        )
+        return [tokens[0] for tokens in result["tokens"]]
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        use: str,
+        *,
+        temperature: float | list[float] = 0.0,
+        oracle: list[list[int]] | None = None,
+        together: bool = True,
+        **params: Any,
+    ) -> dict[str, Any]:
+        temperatures = (
+            temperature
+            if isinstance(temperature, list)
+            else [temperature] * len(prompts)
+        )
+        requests = [
+            {
+                "seed": 1000 + i,
+                "ignore_eos": True,
+                "temperature": t,
+                "extra_args": {
+                    "use": use,
+                    **({"oracle": oracle[i]} if oracle is not None else {}),
+                },
+                **params,
+            }
+            for i, t in enumerate(temperatures)
+        ]
+        if together:
+            return self.ask("run", prompts=prompts, params=requests)
+        parts = [
+            self.ask("run", prompts=[prompt], params=[request])
+            for prompt, request in zip(prompts, requests)
+        ]
+        return {
+            key: [part[key][0] for part in parts]
+            for key in ("tokens", "finish", "logprobs")
+        }
+
+
+def start(name: str, speculate: dict[str, Any] | None, **engine: Any) -> Engine:
+    return Engine(
+        name,
+        {
+            "model": str(TARGET),
+            "engine": {**_BASE, **engine},
+            "speculate": speculate,
+        },
+        environment={"PYTHONPATH": str(HERE / "support")},
+        module="spec_child",
+    )
+
+
+SWITCH = {
+    "proposer": "spec_proposers:Switch",
+    "max_nodes": MAX_NODES,
+    "draft_timeout_ms": 150.0,
+    "max_failures": 10_000,
+}
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[Callable[[str], Engine]]:
+    """Starts an engine on first use and keeps it for the session."""
+    started: dict[str, Engine] = {}
+
+    def get(name: str) -> Engine:
+        if name not in started:
+            started[name] = (
+                start(name, None, enable_prefix_caching=False)
+                if name == "vllm"
+                else start(name, SWITCH, **ENGINES[name])
+            )
+        return started[name].wait_until_ready()
+
+    yield get
+    for one in started.values():
+        one.close()
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """Eight prompts of code-like tokens whose lengths differ, some shorter than
+    a draft, one of exactly 1 + max_nodes tokens, two with a common prefix."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    source = Path(random.__file__).read_text()
+    ids = tokenizer.encode(source)
+    lengths = [1, MAX_NODES, MAX_NODES + 1, 32, 33, 100, 201, 150]
+    chosen = [ids[i * 211 : i * 211 + n] for i, n in enumerate(lengths)]
+    chosen[-1] = chosen[-2][:128] + ids[5000:5030]
+    return chosen

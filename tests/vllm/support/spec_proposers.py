@@ -1,0 +1,84 @@
+"""Proposers for tests, chosen per request, so that one engine serves them all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from vllm_specplugin import EMPTY_TREE, PROPOSERS, DraftTree
+from vllm_specplugin.config import parse_options
+from vllm_specplugin.interfaces import EngineInfo, ProposeContext, RequestView
+
+# A request's `extra_args`: {"use": name, "oracle": [its true output]}.
+
+
+REAL: tuple[str, ...] = ()
+
+
+class Switch:
+    """Hands each request to the proposer that its options name."""
+
+    def __init__(self, config: None, engine: EngineInfo) -> None:
+        self._rng = np.random.default_rng(0)
+        self._engine = engine
+        self._real = {}
+        for name in REAL:
+            factory = PROPOSERS.get(name)
+            options = parse_options(factory.Config, {}, name)
+            self._real[name] = factory(options, engine)
+
+    def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
+        trees: dict[str, DraftTree] = {}
+        for name, proposer in self._real.items():
+            views = [r for r in ctx.requests if r.options.get("use") == name]
+            if views:
+                drafted = proposer.propose(ProposeContext(requests=views))
+                trees |= {r.req_id: t for r, t in zip(views, drafted)}
+        for request in ctx.requests:
+            if request.req_id not in trees:
+                trees[request.req_id] = self._by_hand(request)
+        return [trees[r.req_id] for r in ctx.requests]
+
+    def release(self, req_ids: Sequence[str]) -> None:
+        for proposer in self._real.values():
+            proposer.release(req_ids)
+
+    def _by_hand(self, request: RequestView) -> DraftTree:
+        use = request.options.get("use", "none")
+        n = request.max_nodes
+        match use:
+            case "none":
+                return EMPTY_TREE
+            case "raise":
+                raise RuntimeError("this proposer always raises")
+            case "cycle":
+                return DraftTree([5, 6], [1, 0])
+            case "unknown_parent":
+                return DraftTree([5], [3])
+            case "too_many":
+                return DraftTree([5] * (n + 1), [-1] * (n + 1))
+            case "vocabulary":
+                return DraftTree([self._engine.vocab_size], [-1])
+            case "not_a_tree":
+                return "tree"  # type: ignore[return-value]
+            case "slow":
+                time.sleep(0.2)
+                return DraftTree([5], [-1])
+            case "random" | "oracle":
+                return self._random(request, n)
+        raise AssertionError(use)
+
+    def _random(self, request: RequestView, n: int) -> DraftTree:
+        """A random recursive tree; with an oracle, the true continuation lies on
+        the path to a random node, so any wrong mask, position or cache row
+        changes what is emitted."""
+        n = int(self._rng.integers(1, n + 1))
+        parents = [int(self._rng.integers(-1, i)) for i in range(n)]
+        tokens = self._rng.integers(3, self._engine.vocab_size, n)
+        if (truth := request.options.get("oracle")) is not None:
+            future = truth[len(request.tokens) - request.num_prompt_tokens :]
+            path = DraftTree(tokens, parents).path(int(self._rng.integers(0, n)))
+            for node, token in zip(path, future):
+                tokens[node] = token
+        return DraftTree(tokens, parents, self._rng.random(n))

@@ -1,0 +1,135 @@
+"""One vLLM engine in a process of its own, driven by JSON lines.
+
+vLLM's first runner cannot speculate twice in one process without Triton, and
+measuring several engines in turn wants them side by side; so each lives here,
+``python -m vllm_specplugin.vllm.engine_process``. The first line on standard
+input holds the settings, each further line a command; each answer is one line.
+The answers go to the original standard output; whatever vLLM prints goes to
+standard error.
+
+Settings: ``{"model", "engine": {LLM arguments}, "speculate": {...} or null,
+"mend": bool}``. Commands: ``{"do": "run", "prompts": [[ids]], "params":
+[{sampling parameters}]}``, ``{"do": "stats"}``, ``{"do": "reset"}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+__all__ = ["Command", "build_llm", "main", "serve"]
+
+Command = Callable[[Any, dict[str, Any]], Any]
+"""``(llm, request) -> answer``."""
+
+_SPEC_COUNTERS = {
+    "vllm:spec_decode_num_drafts": "drafts",
+    "vllm:spec_decode_num_draft_tokens": "draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens": "accepted",
+}
+
+
+def build_llm(settings: Mapping[str, Any]) -> Any:
+    """A ``vllm.LLM`` from the settings of this module's docstring."""
+    from vllm import LLM
+
+    from vllm_specplugin import speculate
+    from vllm_specplugin.vllm.repair import expansion_is_broken, mend_expansion
+
+    if settings.get("mend") and expansion_is_broken():
+        mend_expansion()
+    chosen = settings.get("speculate")
+    arguments = speculate(**chosen) if chosen else {}
+    return LLM(settings["model"], **settings.get("engine", {}), **arguments)
+
+
+def run(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Generates for all prompts at once and times it."""
+    from vllm import SamplingParams
+
+    params = [SamplingParams(**p) for p in request["params"]]
+    prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+    before = _spec_counters(llm)
+    started = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - started
+    after = _spec_counters(llm)
+    return {
+        "seconds": seconds,
+        "tokens": [[list(c.token_ids) for c in o.outputs] for o in outputs],
+        "finish": [[c.finish_reason for c in o.outputs] for o in outputs],
+        "logprobs": [[_logprobs(c) for c in o.outputs] for o in outputs],
+        "spec": {name: after[name] - before[name] for name in after},
+    }
+
+
+def _logprobs(completion: Any) -> list[dict[int, tuple[float, int]]] | None:
+    if completion.logprobs is None:
+        return None
+    return [
+        {token: (entry.logprob, entry.rank) for token, entry in step.items()}
+        for step in completion.logprobs
+    ]
+
+
+def _spec_counters(llm: Any) -> dict[str, int]:
+    """vLLM's own counters, the same for its methods and for ours."""
+    totals = dict.fromkeys(_SPEC_COUNTERS.values(), 0)
+    if not llm.llm_engine.log_stats:
+        return totals
+    for metric in llm.get_metrics():
+        if name := _SPEC_COUNTERS.get(metric.name):
+            totals[name] += int(metric.value)
+    return totals
+
+
+def stats(llm: Any, request: dict[str, Any]) -> Any:
+    """The plugin's counters."""
+    return llm.collective_rpc("specplugin_stats")[0]
+
+
+def reset(llm: Any, request: dict[str, Any]) -> Any:
+    """Forgets what the proposer and the policy learnt."""
+    return llm.collective_rpc("specplugin_reset")[0]
+
+
+COMMANDS: Mapping[str, Command] = {"run": run, "stats": stats, "reset": reset}
+
+
+def serve(
+    llm: Any, commands: Mapping[str, Command], requests: TextIO, answers: TextIO
+) -> None:
+    """Answers commands until the input ends."""
+    for line in requests:
+        request = json.loads(line)
+        try:
+            answer = {"ok": commands[request["do"]](llm, request)}
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def main(commands: Mapping[str, Command] = COMMANDS) -> None:
+    """Entry point of the process."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints must not mix with answers
+    settings = json.loads(sys.stdin.readline())
+    try:
+        llm = build_llm(settings)
+    except Exception as error:
+        traceback.print_exc()
+        ready = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(ready), file=answers, flush=True)
+        sys.exit(1)
+    print(json.dumps({"ok": "ready"}), file=answers, flush=True)
+    serve(llm, commands, sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()
