@@ -1,0 +1,207 @@
+"""Compiled index of token histories: where did this context occur before?
+
+Hash chains, as in LZ77 compressors: for a few context lengths (:data:`ORDERS`)
+every position is linked to the previous position whose last ``k`` tokens fall
+into the same bucket. Buckets hold no keys; a match is verified against the text
+itself, which also yields its true length. Compared with a suffix automaton or a
+suffix tree this
+
+- costs O(1) per token always, not amortised, and needs no pointers, so a
+  history is a segment of flat arrays;
+- lists occurrences, most recent first, where an automaton has states whose
+  counts cost O(depth) to keep current;
+- forgets the oldest tokens by overwriting them, which is what lets one code
+  serve both a growing request and a bounded store of past requests.
+
+What it gives up is counting *all* occurrences: only the most recent few are
+visited. :class:`~vllm_specplugin.proposers._history.HistoryDrafter` owns the
+arrays. Importing this module imports numba, so do it late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "ORDERS",
+    "SEPARATOR",
+    "STORE",
+    "Index",
+    "absorb",
+    "append",
+    "clear",
+    "collect",
+    "jit",
+]
+
+IntArray = npt.NDArray[np.int32]
+LongArray = npt.NDArray[np.int64]
+Function = TypeVar("Function", bound=Callable[..., object])
+
+ORDERS = (8, 4, 2, 1)
+"""Context lengths with a chain each, longest first."""
+
+STORE = 0
+"""The slot of the store of past requests."""
+
+SEPARATOR = -1
+"""Stands between two texts of the store and never matches."""
+
+_MULTIPLIER = -7046029254386353131  # 2^64 over the golden ratio, as int64
+
+
+class Index(NamedTuple):
+    """Histories as segments of shared arrays.
+
+    Slot ``s`` owns the power-of-two segment of ``masks[s] + 1`` entries that
+    begins at ``offsets[s]``. Position ``i`` lies at ``offsets[s] + (i &
+    masks[s])``: only the last ``masks[s] + 1`` positions exist.
+    """
+
+    text: IntArray
+    """``[capacity]`` tokens."""
+    heads: IntArray
+    """``[orders, capacity]`` last position in each bucket, or -1."""
+    links: IntArray
+    """``[orders, capacity]`` previous position in the bucket of a position."""
+    offsets: LongArray
+    """``[slots]``."""
+    masks: LongArray
+    """``[slots]``."""
+    ends: LongArray
+    """``[slots]`` number of tokens ever appended."""
+
+
+def jit(function: Function) -> Function:
+    """Compiles at the first call, and keeps the machine code on disk."""
+    return numba.njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
+
+
+@jit
+def clear(index: Index, slot: int) -> None:
+    """Forgets the text of a slot, keeping its segment."""
+    first = index.offsets[slot]
+    index.heads[:, first : first + index.masks[slot] + 1] = -1
+    index.ends[slot] = 0
+
+
+@jit
+def append(index: Index, slot: int, token: int) -> None:
+    """Adds one token, overwriting the oldest one if the segment is full."""
+    offset, mask, end = index.offsets[slot], index.masks[slot], index.ends[slot]
+    index.text[offset + (end & mask)] = token
+    index.ends[slot] = end + 1
+    start = max(0, end - mask)
+    length = 0
+    code = 0
+    # Shortest order first, so that one pass over the context serves them all.
+    for order in range(len(ORDERS) - 1, -1, -1):
+        while length < ORDERS[order] and end - length >= start:
+            previous = index.text[offset + ((end - length) & mask)]
+            if previous < 0:
+                break
+            code = mix(code, previous)
+            length += 1
+        link = -1
+        if length >= ORDERS[order]:
+            bucket = offset + ((code >> 17) & mask)
+            link = index.heads[order, bucket]
+            index.heads[order, bucket] = end
+        index.links[order, offset + (end & mask)] = link
+
+
+@jit
+def mix(code: int, token: int) -> int:
+    """One step of the hash of a context, read from its last token backwards."""
+    code = (code ^ (token + 1)) * _MULTIPLIER
+    return code ^ (code >> 29)
+
+
+@jit
+def absorb(index: Index, slot: int) -> None:
+    """Copies the text of a slot into the store, behind a separator."""
+    offset, end = index.offsets[slot], index.ends[slot]
+    append(index, STORE, SEPARATOR)
+    for position in range(max(0, end - index.masks[STORE]), end):
+        append(index, STORE, index.text[offset + position])
+
+
+@jit
+def match_length(
+    index: Index, slot: int, position: int, context: IntArray, limit: int
+) -> int:
+    """Tokens that the text up to ``position`` shares with ``context``.
+
+    Args:
+        context: ``[n]`` tokens, the last one first.
+        limit: longest length of interest.
+    """
+    offset, mask = index.offsets[slot], index.masks[slot]
+    reach = min(limit, position - max(0, index.ends[slot] - mask - 1) + 1)
+    length = 0
+    while (
+        length < reach
+        and index.text[offset + ((position - length) & mask)] == context[length]
+    ):
+        length += 1
+    return length
+
+
+@jit
+def collect(
+    index: Index,
+    slot: int,
+    context: IntArray,
+    context_length: int,
+    minimum: int,
+    maximum: int,
+    positions: IntArray,
+    lengths: IntArray,
+) -> int:
+    """Lists occurrences of the suffixes of a context that have a next token.
+
+    Args:
+        context: ``[>= context_length]`` tokens, the last one first.
+        minimum: shortest match of interest, at least 1.
+        maximum: matches longer than this count as this long.
+        positions: ``[n]`` receives the positions *after* the matches: longer
+            orders first, recent ones first within an order.
+        lengths: ``[n]`` receives the match lengths.
+
+    Returns:
+        How many were found, at most ``n``.
+    """
+    offset, mask, end = index.offsets[slot], index.masks[slot], index.ends[slot]
+    start = max(0, end - mask - 1)
+    limit = min(maximum, context_length)
+    size = len(positions)
+    found = 0
+    above = np.int64(1) << 40
+    for order in range(len(ORDERS)):
+        length = ORDERS[order]
+        if length > limit or found == size:
+            continue
+        code = 0
+        for i in range(length):
+            code = mix(code, context[i])
+        position = np.int64(index.heads[order, offset + ((code >> 17) & mask)])
+        # Twice as many steps: some are collisions, some were listed above.
+        steps = 2 * size
+        while position >= start and steps > 0 and found < size:
+            steps -= 1
+            if position + 1 < end and index.text[offset + ((position + 1) & mask)] >= 0:
+                match = match_length(index, slot, position, context, limit)
+                if length <= match < above and match >= minimum:
+                    positions[found] = position + 1
+                    lengths[found] = match
+                    found += 1
+            position = np.int64(index.links[order, offset + (position & mask)])
+        above = length
+        if length <= minimum:
+            break
+    return found
