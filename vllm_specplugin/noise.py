@@ -29,7 +29,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["gumbel", "gumbel_rows", "philox4x32", "request_seed"]
+__all__ = ["gumbel", "gumbel_rows", "philox4x32", "request_seed", "scalar_gumbel"]
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -170,39 +170,76 @@ def _tensor_uniform(
 
 
 @lru_cache(maxsize=1)
-def _compiled_uniform() -> Callable[..., None]:
+def _compiled_block() -> Any:
+    """Philox4x32-10 of one counter, for use inside other compiled functions."""
     from numba import njit  # half a second to import; vLLM depends on it
 
     m0, m1 = np.uint64(_MULTIPLIERS[0]), np.uint64(_MULTIPLIERS[1])
     w0, w1 = np.uint64(_WEYL[0]), np.uint64(_WEYL[1])
     low, shift = np.uint64(_LOW), np.uint64(32)
+
+    @njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
+    def block(index, position, seed):  # type: ignore[no-untyped-def]
+        c0, c3 = index, np.uint64(0)
+        c1, c2 = position & low, position >> shift
+        k0, k1 = seed & low, seed >> shift
+        for _ in range(_ROUNDS):
+            x = m0 * c0
+            y = m1 * c2
+            c0 = (y >> shift) ^ c1 ^ k0
+            c1 = y & low
+            c2 = (x >> shift) ^ c3 ^ k1
+            c3 = x & low
+            k0 = (k0 + w0) & low
+            k1 = (k1 + w1) & low
+        return c0, c1, c2, c3
+
+    return block
+
+
+@lru_cache(maxsize=1)
+def scalar_gumbel() -> Any:
+    """Compiled ``(uint64 seed, int position, int token) -> float64`` noise, for
+    proposers' compiled loops. Same bits as :func:`gumbel`."""
+    from numba import njit
+
+    block = _compiled_block()
+    below_one = float(_ONE_BELOW_ONE)
+
+    @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+    def scalar(seed, position, token):  # type: ignore[no-untyped-def]
+        c0, c1, c2, c3 = block(np.uint64(token >> 2), np.uint64(position), seed)
+        word = token & 3
+        bits = c0 if word == 0 else c1 if word == 1 else c2 if word == 2 else c3
+        u = min((np.float64(np.float32(bits)) + 0.5) * 2.0**-32, below_one)
+        return -np.log(-np.log1p(-u))
+
+    return scalar
+
+
+@lru_cache(maxsize=1)
+def _compiled_uniform() -> Callable[..., None]:
+    from numba import njit
+
+    block = _compiled_block()
     below_one, half = _ONE_BELOW_ONE, np.float32(0.5)
     scale = np.float32(2**-32)
 
     @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
     def fill(seeds, positions, out):  # type: ignore[no-untyped-def]
         vocab_size = out.shape[1]
-        blocks = (vocab_size + 3) // 4
+        whole = vocab_size // 4
         for row in range(out.shape[0]):
-            for block in range(blocks):
-                c0, c3 = np.uint64(block), np.uint64(0)
-                c1, c2 = positions[row] & low, positions[row] >> shift
-                k0, k1 = seeds[row] & low, seeds[row] >> shift
-                for _ in range(_ROUNDS):
-                    x = m0 * c0
-                    y = m1 * c2
-                    c0 = (y >> shift) ^ c1 ^ k0
-                    c1 = y & low
-                    c2 = (x >> shift) ^ c3 ^ k1
-                    c3 = x & low
-                    k0 = (k0 + w0) & low
-                    k1 = (k1 + w1) & low
-                first = block * 4
-                for word in range(min(4, vocab_size - first)):
-                    bits = c0 if word == 0 else c1 if word == 1 else c2
-                    if word == 3:
-                        bits = c3
-                    u = (np.float32(bits) + half) * scale
-                    out[row, first + word] = min(u, below_one)
+            values = out[row]
+            seed, position = seeds[row], positions[row]
+            for index in range(whole):
+                words = block(np.uint64(index), position, seed)
+                for w in range(4):
+                    u = (np.float32(words[w]) + half) * scale
+                    values[index * 4 + w] = min(u, below_one)
+            words = block(np.uint64(whole), position, seed)
+            for w in range(vocab_size - whole * 4):
+                u = (np.float32(words[w]) + half) * scale
+                values[whole * 4 + w] = min(u, below_one)
 
     return fill  # type: ignore[no-any-return]

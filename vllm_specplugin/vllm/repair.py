@@ -17,14 +17,16 @@ __all__ = ["expansion_is_broken", "mend_expansion"]
 
 def expansion_is_broken() -> bool:
     """Whether the installed vLLM loses the values it should repeat."""
-    from vllm.v1.sample import rejection_sampler
+    from vllm.triton_utils import HAS_TRITON
 
-    if not torch.accelerator.is_available():
-        values = torch.tensor([0.5, 0.25])
-        counts = torch.tensor([2, 3], dtype=torch.int32)
-        found = rejection_sampler.expand_batch_to_tokens(values, counts, 3)
-        return found.tolist() != [0.5, 0.5, 0.25]
-    return False
+    if HAS_TRITON:
+        return False
+    from vllm.utils.cpu_triton_utils import _expand_kernel_impl
+
+    values = torch.tensor([0.5, 0.25])
+    out = torch.zeros(3)
+    _expand_kernel_impl(out, values, torch.tensor([2, 3], dtype=torch.int32), 0, 0)
+    return out.tolist() != [0.5, 0.5, 0.25]
 
 
 def mend_expansion() -> None:

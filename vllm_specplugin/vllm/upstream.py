@@ -126,6 +126,21 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
         "predict_bonus_token",
         "spec_token_ids",
     ),
+    # defects that measurements have to mend
+    "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens": (
+        "x",
+        "cu_num_tokens",
+        "num_tokens",
+        "replace_from",
+        "replace_to",
+    ),
+    "vllm.utils.cpu_triton_utils:_expand_kernel_impl": (
+        "output",
+        "input_val",
+        "cu_num_tokens",
+        "replace_from",
+        "replace_to",
+    ),
     "vllm.v1.outputs:SamplerOutput": ("sampled_token_ids", "logprobs_tensors"),
     # attention
     "vllm.v1.attention.backends.registry:register_backend": (

@@ -1,0 +1,157 @@
+"""``specplugin doctor``: would the plugin work here, and if not, why."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+from vllm_specplugin.errors import SpecPluginError
+from vllm_specplugin.vllm.upstream import (
+    SEAMS,
+    SUPPORTED,
+    check_version,
+    drift,
+    installed_version,
+)
+
+__all__ = ["Finding", "examine"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report. ``bad`` findings make the command fail."""
+
+    subject: str
+    text: str
+    bad: bool = False
+    remedy: str = ""
+
+
+def examine() -> Iterator[Finding]:
+    """Findings in order; stops early where later ones would make no sense."""
+    yield Finding("python", platform.python_version())
+    try:
+        check_version()
+    except SpecPluginError as error:
+        yield Finding("vllm", str(error), bad=True, remedy=f"use vLLM {SUPPORTED}")
+        return
+    yield Finding("vllm", f"{installed_version()} (supported: {', '.join(SUPPORTED)})")
+    for check in (_entry_point, _platform, _runner, _seams, _tree_attention, _defects):
+        yield from _safely(check)
+
+
+def _safely(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    try:
+        yield from check()
+    except Exception as error:
+        yield Finding(
+            check.__name__.strip("_"),
+            f"could not be checked: {type(error).__name__}: {error}",
+            bad=True,
+            remedy="check the installation of vLLM: `python -c 'import vllm'`",
+        )
+
+
+def _entry_point() -> Iterator[Finding]:
+    found = [e for e in entry_points(group="vllm.general_plugins")]
+    if not any(e.value == "vllm_specplugin:register" for e in found):
+        yield Finding(
+            "entry point",
+            f"not installed (found {[e.value for e in found]})",
+            bad=True,
+            remedy="install the package: pip install vllm-specplugin",
+        )
+        return
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    if getattr(EngineArgs.add_cli_args, "_specplugin_wrapped", False):
+        yield Finding("entry point", "loaded; `vllm serve` has the --spec-* flags")
+    else:
+        yield Finding(
+            "entry point",
+            "installed but not loaded",
+            bad=True,
+            remedy="add specplugin to VLLM_PLUGINS, or unset that variable",
+        )
+
+
+def _platform() -> Iterator[Finding]:
+    from vllm.platforms import current_platform
+
+    name = type(current_platform).__name__
+    if current_platform.is_cpu() or current_platform.is_cuda_alike():
+        yield Finding("platform", name)
+    else:
+        yield Finding(
+            "platform", name, bad=True, remedy="use vLLM for CPU, CUDA or ROCm"
+        )
+
+
+def _runner() -> Iterator[Finding]:
+    from vllm import envs
+
+    if envs.VLLM_USE_V2_MODEL_RUNNER:
+        yield Finding(
+            "runner",
+            "VLLM_USE_V2_MODEL_RUNNER asks for vLLM's second model runner",
+            bad=True,
+            remedy="unset it: the plugin works on the first one",
+        )
+    else:
+        yield Finding("runner", "vLLM's first model runner")
+
+
+def _seams() -> Iterator[Finding]:
+    problems = drift()
+    for problem in problems:
+        yield Finding(
+            "seam",
+            problem,
+            bad=True,
+            remedy="install a vLLM release that the plugin supports",
+        )
+    if not problems:
+        yield Finding("seams", f"all {len(SEAMS)} as expected")
+
+
+def _tree_attention() -> Iterator[Finding]:
+    import torch
+
+    from vllm_specplugin.draft import DraftTree
+    from vllm_specplugin.vllm.tree_attention import cpu, reference
+    from vllm_specplugin.vllm.tree_attention.plan import plan_tree_rows
+
+    tree = DraftTree([1, 2, 3], [-1, 0, -1]).chain_first()
+    rows = plan_tree_rows([(0, 0, 40, tree)])
+    cache, query = torch.randn(2, 2, 32, 64), torch.randn(len(rows.query), 2, 32)
+    table = torch.tensor([[1, 0]], dtype=torch.int32)
+    fast = cpu.tree_attention(query, cache, table, rows, 0.2)
+    plain = reference.tree_attention(
+        query, cache, table, rows, 0.2, reference.read_transposed_blocks
+    )
+    if torch.allclose(fast, plain, atol=1e-5):
+        yield Finding("tree attention", "compiled CPU kernel agrees with the reference")
+    else:
+        yield Finding(
+            "tree attention",
+            f"compiled CPU kernel is off by {(fast - plain).abs().max():.1e}",
+            bad=True,
+            remedy="clear numba's cache (__pycache__) and report this machine",
+        )
+
+
+def _defects() -> Iterator[Finding]:
+    from vllm.platforms import current_platform
+
+    from vllm_specplugin.vllm.repair import expansion_is_broken
+
+    if current_platform.is_cpu() and expansion_is_broken():
+        yield Finding(
+            "note",
+            "vLLM's own speculative methods (not this plugin) sample from "
+            "uninitialised temperatures on this machine at temperature > 0",
+        )
