@@ -1,11 +1,14 @@
-"""The proposer ``ngram``: a trie of what followed the longest suffix match.
+"""The proposer ``ngram``: continuations of the longest match in the own text.
 
-Takes the latest occurrences in the request's own prompt and output of its last
-``max_match`` to ``min_match`` tokens, keeps those with the longest match, and
-merges their continuations into a trie whose shares are the counts.
+Finds the longest suffix of the text, of ``max_n`` down to ``min_n`` tokens,
+that occurred before, and drafts the tree of what followed its occurrences.
 
-Source: prompt lookup decoding (Saxena 2023) and vLLM's ``ngram`` method, which
-draft the continuation of a single occurrence as a chain.
+Prompt lookup decoding (Saxena 2023) copies the continuation of *one*
+occurrence; merging several into a tree covers the target's choice more often
+at the same number of nodes. A node's estimate is its share of the occurrences
+that reached its parent, less an escape for unseen tokens which shrinks as the
+match gets longer (:mod:`._history_votes`). ``suffix`` is the better drafter; this
+one needs no store, and its drafts are the easiest to foresee.
 """
 
 from __future__ import annotations
@@ -17,56 +20,70 @@ from vllm_specplugin.config import option
 from vllm_specplugin.draft import DraftTree
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.interfaces import EngineInfo, ProposeContext
-from vllm_specplugin.proposers.context_index import TreeSettings
-from vllm_specplugin.proposers.histories import Histories
+from vllm_specplugin.proposers._history import HistoryDrafter, make_rule
 
 __all__ = ["NgramProposer"]
 
 
 class NgramProposer:
-    """Continuations of the longest suffix match in the request's own text."""
+    """Drafts from the request's own text.
+
+    Raises:
+        ConfigError: ``min_n`` exceeds ``max_n``.
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
         """Options of ``ngram``."""
 
-        min_match: int = option(2, "shortest match", low=1, high=10)
-        max_match: int = option(5, "longest match looked for", low=1, high=64)
-        candidates: int = option(16, "occurrences merged", low=1, high=256)
-        doubt: float = option(1.0, "odds of a new token, times match", low=0.0)
-        min_survival: float = option(
-            0.05, "least estimated probability of a node", low=0.0, high=1.0
+        min_n: int = option(2, "shortest match to draft from", low=1, high=1024)
+        max_n: int = option(
+            8, "matches longer than this count as this long", low=1, high=1024
         )
-        coupled: bool = option(True, "rank with the shared noise at temperature > 0")
-        trust: float = option(0.5, "weight of the coupled guess", low=0.0, high=1.0)
+        occurrences: int = option(
+            32, "earlier occurrences that vote, most recent first", low=1, high=256
+        )
+        min_survival: float = option(
+            0.05, "nodes less likely to be accepted are not drafted", low=0, high=1
+        )
+        escape: float = option(
+            1.5, "weight of unseen tokens: higher means less confident", low=0.01
+        )
+        coupled: bool = option(
+            True, "use the request's noise to choose candidates at temperature > 0"
+        )
+        trust: float = option(
+            0.4, "how far the noise is believed over the counts", low=0, high=1
+        )
 
     def __init__(self, config: Config, engine: EngineInfo) -> None:
-        del engine
-        if config.min_match > config.max_match:
+        if config.min_n > config.max_n:
             raise ConfigError(
                 complain(
-                    f"min_match={config.min_match}",
-                    f"at most max_match={config.max_match}",
-                    "swap or raise them",
+                    f"ngram options: min_n={config.min_n}, max_n={config.max_n}",
+                    "min_n at most max_n",
+                    "raise max_n or lower min_n",
                 )
             )
-        self._histories = Histories(
-            TreeSettings(
-                min_match=config.min_match,
-                max_match=config.max_match,
-                candidates=config.candidates,
-                longest_only=True,
-                sharpness=0.0,
-                doubt=config.doubt,
-                min_survival=config.min_survival,
-                coupled=config.coupled,
-                trust=config.trust,
-            ),
-            None,
+        rule = make_rule(
+            min_match=config.min_n,
+            max_match=config.max_n,
+            occurrences=config.occurrences,
+            longest_only=True,
+            use_store=False,
+            store_weight=1.0,
+            refresh=False,
+            escape=config.escape,
+            coupled=config.coupled,
+            trust=config.trust,
+            min_survival=config.min_survival,
+            vocab_size=engine.vocab_size,
         )
+        self._drafter = HistoryDrafter(rule, 0, engine)
 
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
-        return self._histories.draft(ctx)
+        return self._drafter.draft(ctx.requests)
 
     def release(self, req_ids: Sequence[str]) -> None:
-        self._histories.release(req_ids, None)
+        """Frees the memory of finished requests."""
+        self._drafter.release(req_ids)

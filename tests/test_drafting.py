@@ -1,0 +1,244 @@
+"""A proposer or a policy can cost drafts, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+from vllm_specplugin import EMPTY_TREE, DraftTree
+from vllm_specplugin.config import SpecConfig
+from vllm_specplugin.drafting import Drafter, DraftRequest
+from vllm_specplugin.interfaces import EngineInfo, RequestView
+from vllm_specplugin.metrics import SpecMetrics
+
+ENGINE = EngineInfo(vocab_size=100, max_model_len=64, max_num_seqs=8, max_nodes=8)
+GOOD = DraftTree([1, 2], [-1, -1], [0.3, 0.6])
+
+
+class Policy:
+    def __init__(self, budgets=None, keep=None):
+        self.budgets, self.keep = budgets, keep
+        self.seen = None
+
+    def budget(self, ctx):
+        if isinstance(self.budgets, Exception):
+            raise self.budgets
+        return list(ctx.limits) if self.budgets is None else self.budgets
+
+    def trim(self, ctx):
+        self.seen = ctx
+        if isinstance(self.keep, Exception):
+            raise self.keep
+        return [len(s) for s in ctx.survival] if self.keep is None else self.keep
+
+    def observe(self, outcome):
+        raise RuntimeError("observe")
+
+
+class Proposer:
+    """Returns what each request id maps to; exceptions are raised."""
+
+    def __init__(self, answers):
+        self.answers = answers
+        self.calls = []
+
+    def propose(self, ctx):
+        self.calls.append([r.req_id for r in ctx.requests])
+        answers = [self.answers[r.req_id] for r in ctx.requests]
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
+
+    def release(self, req_ids):
+        raise KeyError("release")
+
+
+def request(req_id, limit=8, max_depth=8, chain_only=False):
+    def view(nodes):
+        return RequestView(
+            req_id=req_id,
+            tokens=np.array([1, 2, 3], dtype=np.int32),
+            num_prompt_tokens=3,
+            max_nodes=nodes,
+            max_depth=max_depth,
+            temperature=0.0,
+            top_k=0,
+            top_p=1.0,
+            seed=0,
+            options={},
+        )
+
+    return DraftRequest(
+        view=view,
+        req_id=req_id,
+        limit=limit,
+        num_tokens=3,
+        options={},
+        chain_only=chain_only,
+    )
+
+
+def drafter(answers, policy=None, clock=None, **settings):
+    config = SpecConfig(proposer="none", **settings)
+    metrics = SpecMetrics()
+    made = Drafter(
+        Proposer(answers),
+        policy or Policy(),
+        config,
+        ENGINE,
+        metrics,
+        **({"clock": clock} if clock else {}),
+    )
+    return made, metrics
+
+
+def tokens(trees):
+    return [tree.tokens.tolist() for tree in trees]
+
+
+def test_trees_come_back_with_their_chain_in_front():
+    made, metrics = drafter({"a": GOOD})
+    (tree,) = made.draft([request("a")])
+    assert tree.tokens.tolist() == [2, 1]  # the likelier child leads
+    assert metrics.propose_calls == 1
+    assert not metrics.failures
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind"),
+    [
+        (RuntimeError("boom"), "proposer_error"),
+        (DraftTree([1] * 9, [-1] * 9), "malformed_tree"),
+        (DraftTree([100], [-1]), "malformed_tree"),
+        ("tree", "malformed_tree"),
+        (None, "malformed_tree"),
+    ],
+)
+def test_one_bad_request_costs_only_itself(bad, kind):
+    made, metrics = drafter({"a": GOOD, "b": bad, "c": GOOD})
+    trees = made.draft([request("a"), request("b"), request("c")])
+    assert tokens(trees) == [[2, 1], [], [2, 1]]
+    assert metrics.failures[kind] == 1
+
+
+def test_a_wrong_number_of_trees_is_refused():
+    class Short:
+        def propose(self, ctx):
+            return []
+
+        def release(self, req_ids):
+            pass
+
+    metrics = SpecMetrics()
+    made = Drafter(Short(), Policy(), SpecConfig(proposer="none"), ENGINE, metrics)
+    assert tokens(made.draft([request("a")])) == [[]]
+    assert metrics.failures == {"malformed_tree": 1}
+
+
+def test_late_drafts_are_dropped_and_counted():
+    ticks = iter([0.0, 0.2, 1.0, 1.01])
+    made, metrics = drafter({"a": GOOD}, clock=lambda: next(ticks))
+    assert tokens(made.draft([request("a")])) == [[]]
+    assert metrics.failures == {"timeout": 1}
+    assert tokens(made.draft([request("a")])) == [[2, 1]]
+    assert metrics.propose_seconds == pytest.approx(0.21)
+
+
+def test_late_drafts_are_kept_where_ranks_must_agree():
+    ticks = iter([0.0, 0.2])
+    metrics = SpecMetrics()
+    made = Drafter(
+        Proposer({"a": GOOD}),
+        Policy(),
+        SpecConfig(proposer="none"),
+        ENGINE,
+        metrics,
+        drop_late=False,
+        clock=lambda: next(ticks),
+    )
+    assert tokens(made.draft([request("a")])) == [[2, 1]]
+    assert metrics.failures == {"timeout": 1}
+
+
+def test_one_that_keeps_failing_is_not_called_again(caplog):
+    made, metrics = drafter({"a": RuntimeError("boom")}, max_failures=3)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(6):
+            assert tokens(made.draft([request("a")])) == [[]]
+    assert len(made._proposer.calls) == 3
+    assert not made.enabled
+    assert metrics.failures == {"proposer_error": 3, "disabled": 1}
+    errors = [r for r in caplog.records if r.levelno == logging.ERROR]
+    warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(errors) == len(warnings) == 1
+    assert "RuntimeError: boom" in errors[0].getMessage()
+
+
+def test_a_success_forgives_earlier_failures():
+    answers = {"a": RuntimeError("boom")}
+    made, _ = drafter(answers, max_failures=3)
+    for i in range(12):
+        answers["a"] = GOOD if i % 3 == 2 else RuntimeError("boom")
+        made.draft([request("a")])
+    assert made.enabled
+
+
+def test_zero_budget_means_no_call():
+    made, _ = drafter({"a": GOOD, "b": GOOD}, Policy(budgets=[0, 5]))
+    assert tokens(made.draft([request("a"), request("b")])) == [[], [2, 1]]
+    made, _ = drafter({"a": GOOD}, Policy(budgets=[0]))
+    made.draft([request("a")])
+    assert made._proposer.calls == []
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Policy(budgets=ValueError("no")),
+        Policy(budgets=[1, 2, 3]),
+        Policy(keep=ValueError("no")),
+        Policy(keep=[1, 2, 3]),
+        Policy(budgets=["many"]),
+    ],
+)
+def test_a_failing_policy_costs_the_drafts(policy):
+    made, metrics = drafter({"a": GOOD}, policy)
+    assert tokens(made.draft([request("a")])) == [[]]
+    assert metrics.failures == {"policy_error": 1}
+
+
+def test_a_policy_cannot_exceed_the_limit():
+    made, metrics = drafter({"a": GOOD}, Policy(budgets=[10**6]))
+    made.draft([request("a", limit=1)])
+    assert metrics.failures == {"malformed_tree": 1}  # two nodes where one fits
+
+
+def test_trimming_keeps_the_likeliest_nodes():
+    tree = DraftTree([1, 2, 3], [-1, -1, 1], [0.3, 0.6, 0.9])
+    policy = Policy(keep=[2])
+    made, _ = drafter({"a": tree}, policy)
+    (kept,) = made.draft([request("a")])
+    assert kept.tokens.tolist() == [2, 3]
+    np.testing.assert_allclose(policy.seen.survival[0], [0.6, 0.54, 0.3], rtol=1e-6)
+
+
+def test_depth_limit_and_chain_only():
+    tree = DraftTree([1, 2, 3, 4], [-1, -1, 1, 2], [0.3, 0.6, 0.9, 0.9])
+    made, _ = drafter({"a": tree})
+    (cut,) = made.draft([request("a", max_depth=2)])
+    assert cut.max_depth == 2
+    assert sorted(cut.tokens.tolist()) == [1, 2, 3]
+    (chain,) = made.draft([request("a", chain_only=True)])
+    assert chain.tokens.tolist() == [2, 3, 4]
+    assert chain.is_chain
+
+
+def test_release_and_observe_may_fail_too():
+    made, metrics = drafter({})
+    made.release(["a"])
+    made.observe(None)
+    assert metrics.failures == {"proposer_error": 1, "policy_error": 1}
+    assert made.draft([]) == []
+    assert EMPTY_TREE == DraftTree([], [])
