@@ -1,6 +1,6 @@
 """The proposer ``ngram``: continuations of the longest match in the own text.
 
-Finds the longest suffix of the text, of ``max_n`` down to ``min_n`` tokens,
+Finds the longest suffix of the text, of ``max_match`` down to ``min_match`` tokens,
 that occurred before, and drafts the tree of what followed its occurrences.
 
 Prompt lookup decoding (Saxena 2023) copies the continuation of *one*
@@ -29,25 +29,25 @@ class NgramProposer:
     """Drafts from the request's own text.
 
     Raises:
-        ConfigError: ``min_n`` exceeds ``max_n``.
+        ConfigError: ``min_match`` exceeds ``max_match``.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
         """Options of ``ngram``."""
 
-        min_n: int = option(2, "shortest match to draft from", low=1, high=1024)
-        max_n: int = option(
+        min_match: int = option(1, "shortest match to draft from", low=1, high=1024)
+        max_match: int = option(
             8, "matches longer than this count as this long", low=1, high=1024
         )
         occurrences: int = option(
             32, "earlier occurrences that vote, most recent first", low=1, high=256
         )
         min_survival: float = option(
-            0.05, "nodes less likely to be accepted are not drafted", low=0, high=1
+            0.1, "nodes less likely to be accepted are not drafted", low=0, high=1
         )
         escape: float = option(
-            1.5, "weight of unseen tokens: higher means less confident", low=0.01
+            1.0, "weight of unseen tokens: higher means less confident", low=0.01
         )
         coupled: bool = option(
             True, "use the request's noise to choose candidates at temperature > 0"
@@ -57,17 +57,17 @@ class NgramProposer:
         )
 
     def __init__(self, config: Config, engine: EngineInfo) -> None:
-        if config.min_n > config.max_n:
+        if config.min_match > config.max_match:
             raise ConfigError(
                 complain(
-                    f"ngram options: min_n={config.min_n}, max_n={config.max_n}",
-                    "min_n at most max_n",
-                    "raise max_n or lower min_n",
+                    f"min_match={config.min_match}",
+                    f"at most max_match={config.max_match}",
+                    "raise max_match or lower min_match",
                 )
             )
         rule = make_rule(
-            min_match=config.min_n,
-            max_match=config.max_n,
+            min_match=config.min_match,
+            max_match=config.max_match,
             occurrences=config.occurrences,
             longest_only=True,
             use_store=False,

@@ -26,6 +26,7 @@ __all__ = [
     "SpecConfig",
     "build",
     "cache_dir",
+    "models_dir",
     "option",
     "parse_options",
 ]
@@ -245,3 +246,9 @@ def cache_dir() -> Path:
         return Path(base)
     xdg = os.environ.get("XDG_CACHE_HOME")
     return (Path(xdg) if xdg else Path.home() / ".cache") / "vllm-specplugin"
+
+
+def models_dir() -> Path | None:
+    """Where the embedded models are, if ``$SPECPLUGIN_MODELS`` says so."""
+    folder = os.environ.get("SPECPLUGIN_MODELS")
+    return Path(folder) if folder else None

@@ -28,7 +28,7 @@ _BLOCK_BYTES = 6 * 2 * 4 * 64 * 4 * 32  # layers, k and v, heads, size, float32,
 ENGINES: dict[str, dict[str, Any]] = {
     # prompts come in chunks beside drafts, and cached prefixes are reused
     "chunked": {"max_num_batched_tokens": 96, "enable_prefix_caching": True},
-    "uncached": {"enable_prefix_caching": False},
+    "uncached": {"enable_prefix_caching": False, "max_num_seqs": 64},
     # room for about three of eight requests: preemption in mid-draft
     "preempting": {
         "kv_cache_memory_bytes": 24 * _BLOCK_BYTES,
@@ -132,7 +132,7 @@ def engine() -> Iterator[Callable[[str], Engine]]:
     def get(name: str) -> Engine:
         if name not in started:
             started[name] = (
-                start(name, None, enable_prefix_caching=False)
+                start(name, None, **ENGINES["uncached"])
                 if name == "vllm"
                 else start(name, SWITCH, **ENGINES[name])
             )

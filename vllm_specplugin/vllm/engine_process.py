@@ -50,9 +50,7 @@ def build_llm(settings: Mapping[str, Any]) -> Any:
 
 def run(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
     """Generates for all prompts at once and times it."""
-    from vllm import SamplingParams
-
-    params = [SamplingParams(**p) for p in request["params"]]
+    params = [_sampling_params(**p) for p in request["params"]]
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
     before = _spec_counters(llm)
     started = time.perf_counter()
@@ -66,6 +64,15 @@ def run(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
         "logprobs": [[_logprobs(c) for c in o.outputs] for o in outputs],
         "spec": {name: after[name] - before[name] for name in after},
     }
+
+
+def _sampling_params(**values: Any) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    if structured := values.get("structured_outputs"):
+        values["structured_outputs"] = StructuredOutputsParams(**structured)
+    return SamplingParams(**values)
 
 
 def _logprobs(completion: Any) -> list[dict[int, tuple[float, int]]] | None:
