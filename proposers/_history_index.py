@@ -32,15 +32,20 @@ __all__ = [
     "SEPARATOR",
     "STORE",
     "Index",
+    "Int",
     "absorb",
-    "append",
     "clear",
     "collect",
+    "extend",
+    "inner",
     "jit",
 ]
 
 IntArray = npt.NDArray[np.int32]
 LongArray = npt.NDArray[np.int64]
+Int = int | np.int64
+"""Compiled code is specialised by type: arguments that are literals or 32-bit
+values are cast to ``np.int64``, lest a function be compiled twice."""
 Function = TypeVar("Function", bound=Callable[..., object])
 
 ORDERS = (8, 4, 2, 1)
@@ -82,30 +87,39 @@ def jit(function: Function) -> Function:
     return numba.njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
 
 
+def inner(function: Function) -> Function:
+    """As :func:`jit`, for functions that only compiled code calls: leaving out
+    the entrance for Python halves the time to compile."""
+    compiled = numba.njit(
+        cache=True, nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True
+    )(function)
+    return compiled  # type: ignore[no-any-return]
+
+
 @jit
-def clear(index: Index, slot: int) -> None:
+def clear(index: Index, slot: Int) -> None:
     """Forgets the text of a slot, keeping its segment."""
     first = index.offsets[slot]
     index.heads[:, first : first + index.masks[slot] + 1] = -1
     index.ends[slot] = 0
 
 
-@jit
-def append(index: Index, slot: int, token: int) -> None:
+@inner
+def append(index: Index, slot: Int, token: Int) -> None:
     """Adds one token, overwriting the oldest one if the segment is full."""
     offset, mask, end = index.offsets[slot], index.masks[slot], index.ends[slot]
     index.text[offset + (end & mask)] = token
     index.ends[slot] = end + 1
     start = max(0, end - mask)
     length = 0
-    code = 0
+    code: Int = np.int64(0)
     # Shortest order first, so that one pass over the context serves them all.
     for order in range(len(ORDERS) - 1, -1, -1):
         while length < ORDERS[order] and end - length >= start:
             previous = index.text[offset + ((end - length) & mask)]
             if previous < 0:
                 break
-            code = mix(code, previous)
+            code = mix(code, np.int64(previous))
             length += 1
         link = -1
         if length >= ORDERS[order]:
@@ -115,26 +129,33 @@ def append(index: Index, slot: int, token: int) -> None:
         index.links[order, offset + (end & mask)] = link
 
 
-@jit
-def mix(code: int, token: int) -> int:
+@inner
+def mix(code: Int, token: Int) -> Int:
     """One step of the hash of a context, read from its last token backwards."""
     code = (code ^ (token + 1)) * _MULTIPLIER
     return code ^ (code >> 29)
 
 
 @jit
-def absorb(index: Index, slot: int) -> None:
-    """Copies the text of a slot into the store, behind a separator."""
-    offset, end = index.offsets[slot], index.ends[slot]
-    append(index, STORE, SEPARATOR)
-    for position in range(max(0, end - index.masks[STORE]), end):
-        append(index, STORE, index.text[offset + position])
+def extend(index: Index, slot: Int, tokens: IntArray) -> None:
+    """Appends several tokens."""
+    for token in tokens:
+        append(index, slot, np.int64(token))
 
 
 @jit
+def absorb(index: Index, slot: Int) -> None:
+    """Copies the text of a slot into the store, behind a separator."""
+    offset, end = index.offsets[slot], index.ends[slot]
+    start = max(0, end - index.masks[STORE])
+    append(index, np.int64(STORE), np.int64(SEPARATOR))
+    extend(index, np.int64(STORE), index.text[offset + start : offset + end])
+
+
+@inner
 def match_length(
-    index: Index, slot: int, position: int, context: IntArray, limit: int
-) -> int:
+    index: Index, slot: Int, position: Int, context: IntArray, limit: Int
+) -> Int:
     """Tokens that the text up to ``position`` shares with ``context``.
 
     Args:
@@ -155,20 +176,22 @@ def match_length(
 @jit
 def collect(
     index: Index,
-    slot: int,
+    slot: Int,
     context: IntArray,
-    context_length: int,
-    minimum: int,
-    maximum: int,
+    context_length: Int,
+    minimum: Int,
+    maximum: Int,
+    enough: Int,
     positions: IntArray,
     lengths: IntArray,
-) -> int:
+) -> Int:
     """Lists occurrences of the suffixes of a context that have a next token.
 
     Args:
         context: ``[>= context_length]`` tokens, the last one first.
         minimum: shortest match of interest, at least 1.
         maximum: matches longer than this count as this long.
+        enough: with so many found, shorter orders are not tried.
         positions: ``[n]`` receives the positions *after* the matches: longer
             orders first, recent ones first within an order.
         lengths: ``[n]`` receives the match lengths.
@@ -181,21 +204,21 @@ def collect(
     limit = min(maximum, context_length)
     size = len(positions)
     found = 0
-    above = np.int64(1) << 40
+    above: Int = np.int64(1) << 40
     for order in range(len(ORDERS)):
         length = ORDERS[order]
-        if length > limit or found == size:
+        if length > limit or found >= enough:
             continue
-        code = 0
+        code: Int = np.int64(0)
         for i in range(length):
-            code = mix(code, context[i])
-        position = np.int64(index.heads[order, offset + ((code >> 17) & mask)])
+            code = mix(code, np.int64(context[i]))
+        position: Int = np.int64(index.heads[order, offset + ((code >> 17) & mask)])
         # Twice as many steps: some are collisions, some were listed above.
         steps = 2 * size
         while position >= start and steps > 0 and found < size:
             steps -= 1
             if position + 1 < end and index.text[offset + ((position + 1) & mask)] >= 0:
-                match = match_length(index, slot, position, context, limit)
+                match = match_length(index, slot, position, context, np.int64(limit))
                 if length <= match < above and match >= minimum:
                     positions[found] = position + 1
                     lengths[found] = match

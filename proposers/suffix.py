@@ -1,24 +1,21 @@
-"""The proposer ``suffix``: trees of what followed the current context before.
+"""The proposer ``suffix``: continuations of earlier text, own and others'.
 
-Looks for earlier occurrences of the request's last tokens in its own prompt and
-output and in a store of finished requests, and grows the tree of their
-continuations best first. Occurrences with longer matches weigh exponentially
-more, so short contexts matter only where long ones say nothing (in the spirit
-of PPM's back-off). The probability that the next token is one never seen here
-falls with the match, ``doubt / (match + doubt)``; below an accepted node the
-match is longer by its depth.
+Drafts what followed earlier occurrences of the request's last tokens, in its
+own prompt and output and in a bounded store of finished requests. All match
+lengths vote, longer ones first; history and store grow one tree together.
 
-At temperature above 0 the target's choice is ``argmax log p + G`` with keyed
-noise, so candidates are ranked by ``log q + G`` with their shares as q
-(coupled drafting, see ``vllm_specplugin.noise``).
+Follows SuffixDecoding (Oliaro et al. 2411.04975): a tree per request, one for
+past requests, counts as probabilities, nodes by their product. Differences:
 
-Sources: SuffixDecoding (2411.04975) for suffix matches over own and past
-outputs with counts as estimates; SAM decoding (2411.10666) for an incremental
-index; both there with suffix trees or automata. The coupling is ours.
+- hash chains instead of suffix trees (reasons in :mod:`._history_index`);
+- match lengths are interpolated instead of one being chosen, so estimates
+  tell a token seen once after 2 matching tokens from one after 12;
+- at temperature > 0 candidates are ranked with the noise the target will use
+  (coupled drafting; formulas in :mod:`._history_votes`).
 
-The store is shared by all requests of the engine: text of one can be drafted
-for another. It changes nothing but speed, yet speed can be observed; set
-``store_tokens`` to 0 to keep requests apart.
+Deterministic in the sequence of calls: no clock, no hashes of Python objects,
+no dependence on ids. Memory: 36 bytes per token, of the live requests at their
+peak (each history rounded up to a power of two) and of the store.
 """
 
 from __future__ import annotations
@@ -26,69 +23,70 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from vllm_specplugin.config import option
 from vllm_specplugin.draft import DraftTree
 from vllm_specplugin.interfaces import EngineInfo, ProposeContext
-from vllm_specplugin.proposers.context_index import (
-    SEPARATOR,
-    ContextIndex,
-    TreeSettings,
-)
-from vllm_specplugin.proposers.histories import Histories
+from vllm_specplugin.proposers._history import HistoryDrafter, make_rule
 
 __all__ = ["SuffixProposer"]
 
 
 class SuffixProposer:
-    """Suffix matches over the request's own text and past requests."""
+    """Drafts from the request's own text and from past requests."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
         """Options of ``suffix``."""
 
-        min_match: int = option(2, "shortest match", low=1, high=10)
-        max_match: int = option(32, "longer matches count as this", low=1, high=256)
-        candidates: int = option(32, "occurrences looked at", low=1, high=256)
-        sharpness: float = option(
-            0.5, "how much more longer matches weigh", low=0.0, high=8.0
+        max_match: int = option(
+            32, "matches longer than this count as this long", low=1, high=1024
         )
-        doubt: float = option(1.0, "odds of a new token, times match", low=0.0)
+        occurrences: int = option(
+            16, "earlier occurrences that vote, most recent first", low=1, high=256
+        )
         min_survival: float = option(
-            0.2, "least estimated probability of a node", low=0.0, high=1.0
+            0.1, "nodes less likely to be accepted are not drafted", low=0, high=1
         )
-        coupled: bool = option(True, "rank with the shared noise at temperature > 0")
-        trust: float = option(0.5, "weight of the coupled guess", low=0.0, high=1.0)
+        escape: float = option(
+            2.0, "weight of unseen tokens: higher means less confident", low=0.01
+        )
         store_tokens: int = option(
-            1 << 19, "tokens of past requests kept (0: none)", low=0, high=1 << 28
+            1 << 18,
+            "tokens of finished requests to draft from, oldest forgotten first; "
+            "rounded up to a power of two, 0 for none",
+            low=0,
+            high=1 << 28,
+        )
+        store_weight: float = option(
+            0.5, "votes of an occurrence in the store", low=0.01, high=1
+        )
+        coupled: bool = option(
+            True, "use the request's noise to choose candidates at temperature > 0"
+        )
+        trust: float = option(
+            0.4, "how far the noise is believed over the counts", low=0, high=1
         )
 
     def __init__(self, config: Config, engine: EngineInfo) -> None:
-        del engine
-        self._store = ContextIndex(config.store_tokens) if config.store_tokens else None
-        self._histories = Histories(
-            TreeSettings(
-                min_match=config.min_match,
-                max_match=config.max_match,
-                candidates=config.candidates,
-                longest_only=False,
-                sharpness=config.sharpness,
-                doubt=config.doubt,
-                min_survival=config.min_survival,
-                coupled=config.coupled,
-                trust=config.trust,
-            ),
-            self._store,
+        rule = make_rule(
+            min_match=1,
+            max_match=config.max_match,
+            occurrences=config.occurrences,
+            longest_only=False,
+            use_store=config.store_tokens > 0,
+            store_weight=config.store_weight,
+            refresh=True,
+            escape=config.escape,
+            coupled=config.coupled,
+            trust=config.trust,
+            min_survival=config.min_survival,
+            vocab_size=engine.vocab_size,
         )
+        self._drafter = HistoryDrafter(rule, config.store_tokens, engine)
 
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
-        return self._histories.draft(ctx)
+        return self._drafter.draft(ctx.requests)
 
     def release(self, req_ids: Sequence[str]) -> None:
-        self._histories.release(req_ids, self._remember if self._store else None)
-
-    def _remember(self, index: ContextIndex) -> None:
-        assert self._store is not None
-        text = index.tokens[: index.length][-(self._store.capacity - 1) :]
-        self._store.extend(np.append(text, np.int32(SEPARATOR)))
+        """Moves finished requests to the store."""
+        self._drafter.release(req_ids)

@@ -200,7 +200,8 @@ def _compiled_block() -> Any:
 @lru_cache(maxsize=1)
 def scalar_gumbel() -> Any:
     """Compiled ``(uint64 seed, int position, int token) -> float64`` noise, for
-    proposers' compiled loops. Same bits as :func:`gumbel`."""
+    proposers' compiled loops. Same random words as :func:`gumbel`, and the same
+    values up to float32's rounding of the logarithms."""
     from numba import njit
 
     block = _compiled_block()

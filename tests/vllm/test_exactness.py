@@ -62,11 +62,15 @@ def test_one_request_at_a_time(
     prompts: list[list[int]],
     truth: dict[float, list[list[int]]],
 ) -> None:
+    before = engine("chunked").ask("stats")
     for temperature, expected in truth.items():
         got = engine("chunked").texts(
             prompts, use, temperature=temperature, oracle=expected, together=False
         )
         assert got == expected
+    after = engine("chunked").ask("stats")
+    assert after["nodes"] > before["nodes"]
+    assert after["failures"] == before["failures"]
 
 
 def test_seeded_text_does_not_depend_on_the_batch(

@@ -21,6 +21,7 @@ def expansion_is_broken() -> bool:
 
     if HAS_TRITON:
         return False
+    import vllm._custom_ops  # noqa: F401  (loads the kernels)
     from vllm.utils.cpu_triton_utils import _expand_kernel_impl
 
     values = torch.tensor([0.5, 0.25])

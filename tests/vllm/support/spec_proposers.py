@@ -13,7 +13,7 @@ from vllm_specplugin.interfaces import EngineInfo, ProposeContext, RequestView
 # A request's `extra_args`: {"use": name, "oracle": [its true output]}.
 
 
-REAL: tuple[str, ...] = ()
+REAL = ("ngram", "suffix")
 
 
 class Switch:
