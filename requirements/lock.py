@@ -123,9 +123,7 @@ def missing_elsewhere(python: str, pins: Iterable[str]) -> list[Requirement]:
             name = canonicalize_name(requirement.name)
             if name not in known and requirement.marker and _elsewhere(requirement):
                 found[name] = requirement
-    return [
-        Requirement(f"{r.name}{r.specifier}; {r.marker}") for r in found.values()
-    ]
+    return [Requirement(f"{r.name}{r.specifier}; {r.marker}") for r in found.values()]
 
 
 def _elsewhere(requirement: Requirement) -> bool:

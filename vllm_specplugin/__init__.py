@@ -5,6 +5,7 @@ Importing this package imports neither vLLM nor torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from vllm_specplugin.draft import EMPTY_TREE, DraftTree
@@ -42,7 +43,7 @@ def speculate(
     scorer: str = "exact",
     policy: str = "fixed",
     max_nodes: int = 16,
-    **options: Any,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Engine arguments that switch this plugin on.
 
@@ -51,11 +52,9 @@ def speculate(
         scorer: name or dotted path of what decides acceptance.
         policy: name or dotted path of what decides how much is drafted.
         max_nodes: most draft tokens per request and step.
-        options: options by role, ``policy_options``-style names are not used:
-            ``proposer_options={"max_match": 32}`` is spelt
-            ``options={"proposer": {"max_match": 32}}`` on the command line and
-            ``speculate(..., proposer_options={...})`` here; further settings
-            such as ``draft_timeout_ms=50`` go by their own names.
+        options: as in ``--spec-options``: options of the algorithms by role and
+            further settings, such as
+            ``{"proposer": {"min_survival": 0.2}, "draft_timeout_ms": 50}``.
 
     Returns:
         Keyword arguments for ``vllm.LLM`` or ``vllm.EngineArgs``.
@@ -71,7 +70,7 @@ def speculate(
         scorer=scorer,
         policy=policy,
         max_nodes=max_nodes,
-        options=options,
+        options=options or {},
     )
 
 

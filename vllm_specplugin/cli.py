@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "--rounds", type=int, default=3, help="interleaved rounds (default: 3)"
     )
     demo.add_argument(
-        "--max-tokens", type=int, default=64, help="tokens per request (default: 64)"
+        "--max-tokens", type=int, default=48, help="tokens per request (default: 48)"
     )
     demo.set_defaults(run=_demo)
     return parser

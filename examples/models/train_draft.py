@@ -29,7 +29,8 @@ def main() -> None:
     )
     made.add_argument("--target", type=Path, default=HERE / "target")
     args = made.parse_args()
-    target = LlamaForCausalLM.from_pretrained(args.target, dtype=torch.bfloat16)
+    dtype = torch.bfloat16 if args.bfloat16 else torch.float32
+    target = LlamaForCausalLM.from_pretrained(args.target, dtype=dtype)
     target = target.to(args.device).eval()
     draft = new_llama(args)
 
@@ -37,7 +38,7 @@ def main() -> None:
         """log p and log q, ``[batch, length, vocabulary]`` each."""
         with torch.no_grad():
             p = target(rows).logits.float().log_softmax(-1)
-        with autocast(args.device):
+        with autocast(args):
             q = draft(rows).logits
         return p, q.float().log_softmax(-1)
 

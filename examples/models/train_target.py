@@ -28,7 +28,7 @@ def main() -> None:
     model = new_llama(args)
 
     def loss(rows: Tensor) -> Tensor:
-        with autocast(args.device):
+        with autocast(args):
             logits = model(rows[:, :-1]).logits
         return torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), rows[:, 1:].flatten()

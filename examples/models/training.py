@@ -73,6 +73,12 @@ def parser(
     made.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu"
     )
+    made.add_argument(
+        "--bfloat16",
+        action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
+        help="products in bfloat16: slow on CPUs without instructions for it",
+    )
     return made
 
 
@@ -130,9 +136,10 @@ def batches(
         yield torch.from_numpy(rows).to(device)
 
 
-def autocast(device: str) -> torch.autocast:
-    """bfloat16 products with float32 weights."""
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    """Products in bfloat16, if asked for; weights stay in float32."""
+    kind = torch.device(args.device).type
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=args.bfloat16)
 
 
 def train(

@@ -119,8 +119,7 @@ def start(name: str, speculate: dict[str, Any] | None, **engine: Any) -> Engine:
 SWITCH = {
     "proposer": "spec_proposers:Switch",
     "max_nodes": MAX_NODES,
-    "draft_timeout_ms": 150.0,
-    "max_failures": 10_000,
+    "options": {"draft_timeout_ms": 150.0, "max_failures": 10_000},
 }
 
 

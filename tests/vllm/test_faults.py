@@ -51,7 +51,7 @@ def test_neighbours_keep_their_drafts(engine: Get, prompts: list[list[int]]) -> 
 
 
 def test_one_that_keeps_failing_is_switched_off(prompts: list[list[int]]) -> None:
-    settings = {**SWITCH, "max_failures": 5}
+    settings = {**SWITCH, "options": {**SWITCH["options"], "max_failures": 5}}
     with start("failing", settings) as one:
         truth = one.texts(prompts[:2], "none", max_tokens=30)
         assert one.texts(prompts[:2], "raise", max_tokens=30) == truth

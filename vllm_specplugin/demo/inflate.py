@@ -183,7 +183,7 @@ def _weights(
     P = torch.linalg.qr(noise)[0].float()
 
     def read(weight: Tensor, norm: Tensor) -> Tensor:
-        return (weight * norm) @ P.T * math.sqrt(h / H)
+        return weight @ (norm[:, None] * P.T * math.sqrt(h / H))
 
     embedding = state["model.embed_tokens.weight"]
     weights = {

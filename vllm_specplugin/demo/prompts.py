@@ -96,8 +96,10 @@ def _cut(text: str, tokenizer: Tokenizer, length: int) -> Iterator[list[int]]:
     """Windows of ``length`` tokens from line starts, one after the other."""
     start = 0
     while start < len(text):
-        # A token of these texts has 3.3 characters on average.
-        ids: list[int] = tokenizer.encode(text[start : start + 16 * length]).ids
+        ids: list[int] = []
+        for share in (5, 20):  # a token of these texts has 3.3 characters on average
+            if len(ids) <= length:
+                ids = tokenizer.encode(text[start : start + share * length]).ids
         if len(ids) < length:
             return
         yield ids[:length]
