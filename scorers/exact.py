@@ -52,9 +52,7 @@ def choose(batch: ScoreBatch) -> torch.Tensor:
     keys = np.stack([owner[random_rows], batch.positions[random_rows]])
     (owners, positions), inverse = np.unique(keys, axis=1, return_inverse=True)
     logits = batch.logits
-    noise = gumbel_rows(
-        batch.seeds[owners], positions, logits.shape[1], logits.device
-    )
+    noise = gumbel_rows(batch.seeds[owners], positions, logits.shape[1], logits.device)
     index = torch.from_numpy(inverse.ravel()).to(logits.device)
     if batch.greedy.any():
         rows = torch.from_numpy(random_rows).to(logits.device)

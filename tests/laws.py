@@ -9,6 +9,7 @@ from fractions import Fraction
 from math import prod
 
 import numpy as np
+
 from vllm_specplugin.draft import DraftTree
 
 Path = tuple[int, ...]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from vllm_specplugin import ConfigError, UnknownNameError
 from vllm_specplugin.config import SpecConfig, cache_dir
 

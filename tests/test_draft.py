@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from vllm_specplugin import EMPTY_TREE, DraftTree, DraftTreeError
 
 

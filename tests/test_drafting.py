@@ -6,6 +6,7 @@ import logging
 
 import numpy as np
 import pytest
+
 from vllm_specplugin import EMPTY_TREE, DraftTree
 from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.drafting import Drafter, DraftRequest
@@ -241,4 +242,4 @@ def test_release_and_observe_may_fail_too():
     made.observe(None)
     assert metrics.failures == {"proposer_error": 1, "policy_error": 1}
     assert made.draft([]) == []
-    assert EMPTY_TREE == DraftTree([], [])
+    assert DraftTree([], []) == EMPTY_TREE

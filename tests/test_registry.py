@@ -3,6 +3,7 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint
 
 import pytest
+
 from vllm_specplugin import ConfigError, UnknownNameError, registry
 from vllm_specplugin.registry import Registry
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from vllm_specplugin import EMPTY_TREE, DraftTree
 from vllm_specplugin.layout import Move, StepLayout, scheduled_tree
 

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _list(args: argparse.Namespace) -> int:
+def _list(_: argparse.Namespace) -> int:
     for role, registry in ROLES.items():
         plural = "policies" if role == "policy" else f"{role}s"
         print(f"{plural}:")
@@ -63,7 +63,7 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
-def _doctor(args: argparse.Namespace) -> int:
+def _doctor(_: argparse.Namespace) -> int:
     from vllm_specplugin.vllm.doctor import examine
 
     bad = 0

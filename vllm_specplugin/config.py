@@ -26,6 +26,7 @@ __all__ = [
     "SpecConfig",
     "build",
     "cache_dir",
+    "child_environment",
     "models_dir",
     "option",
     "parse_options",
@@ -252,3 +253,8 @@ def models_dir() -> Path | None:
     """Where the embedded models are, if ``$SPECPLUGIN_MODELS`` says so."""
     folder = os.environ.get("SPECPLUGIN_MODELS")
     return Path(folder) if folder else None
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """This process's environment with some variables changed."""
+    return {**os.environ, **changes}

@@ -173,7 +173,7 @@ class DraftTree:
                 )
             )
         if len(self) and not (
-            0 <= int(self.tokens.min()) and int(self.tokens.max()) < vocab_size
+            int(self.tokens.min()) >= 0 and int(self.tokens.max()) < vocab_size
         ):
             raise DraftTreeError(
                 complain(
@@ -187,7 +187,9 @@ class DraftTree:
         return len(self.tokens)
 
     def __repr__(self) -> str:
-        return f"DraftTree(tokens={self.tokens.tolist()}, parents={self.parents.tolist()})"
+        return (
+            f"DraftTree(tokens={self.tokens.tolist()}, parents={self.parents.tolist()})"
+        )
 
     def __eq__(self, other: object) -> bool:
         return (

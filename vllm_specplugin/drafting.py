@@ -177,7 +177,9 @@ class Drafter:
         except Exception as error:
             return self._lost([view], error)[0]
 
-    def _lost(self, views: list[RequestView], error: Exception) -> list[None]:
+    def _lost(
+        self, views: list[RequestView], error: Exception
+    ) -> list[DraftTree | None]:
         malformed = isinstance(error, DraftTreeError)
         self._failed("malformed_tree" if malformed else "proposer_error", error)
         return [None] * len(views)

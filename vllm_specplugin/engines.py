@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any, Self
 
+from vllm_specplugin.config import child_environment
 from vllm_specplugin.errors import SpecPluginError, complain
 
 __all__ = ["EngineError", "EngineProcess"]
@@ -46,13 +47,20 @@ class EngineProcess:
         module: str = "vllm_specplugin.vllm.engine_process",
     ) -> None:
         self.name = name
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as self)
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**_inherited(), **(environment or {})},
+            env=child_environment(
+                # One process per engine, none below it, and a plain number of
+                # threads, so that engines measured in turn are alike.
+                VLLM_ENABLE_V1_MULTIPROCESSING="0",
+                VLLM_LOGGING_LEVEL="WARNING",
+                OMP_NUM_THREADS=str(min(2, os.cpu_count() or 1)),
+                **(environment or {}),
+            ),
             text=True,
         )
         self._ready = False
@@ -132,14 +140,3 @@ class EngineProcess:
                 f"see the end of its log:\n{tail}",
             )
         )
-
-
-def _inherited() -> dict[str, str]:
-    # One process per engine: no further ones below it, and plain numbers of
-    # threads, so that engines measured in turn are alike.
-    return {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "OMP_NUM_THREADS": str(min(2, os.cpu_count() or 1)),
-    }

@@ -64,7 +64,9 @@ class SpecMetrics:
             for name in self.__slots__
             if name not in ("accepted_by_depth", "failures")
         }
-        deepest = max((d for d, n in enumerate(self.accepted_by_depth) if n), default=-1)
+        deepest = max(
+            (d for d, n in enumerate(self.accepted_by_depth) if n), default=-1
+        )
         return values | {
             "accepted_by_depth": self.accepted_by_depth[: deepest + 1],
             "failures": dict(self.failures),

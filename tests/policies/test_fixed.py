@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from vllm_specplugin.interfaces import BudgetContext, EngineInfo, TrimContext
 from vllm_specplugin.policies.fixed import FixedPolicy
 

@@ -7,6 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+
 from vllm_specplugin.draft import DraftTree
 from vllm_specplugin.interfaces import EngineInfo, ScoreBatch
 from vllm_specplugin.layout import StepLayout
@@ -153,9 +154,7 @@ def test_greedy_and_random_requests_mix():
     )
     for i, (start, end) in enumerate([(0, 2), (2, 3), (3, 5)]):
         alone = ExactScorer(None, ENGINE).score(
-            batch_of(
-                [trees[i]], logits[start:end], greedy=[i == 0], seeds=[i + 1]
-            )
+            batch_of([trees[i]], logits[start:end], greedy=[i == 0], seeds=[i + 1])
         )
         n = alone.lengths[0]
         assert mixed.tokens[i, :n].tolist() == alone.tokens[0, :n].tolist()

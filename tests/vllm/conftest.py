@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from vllm_specplugin.engines import EngineProcess
 
 HERE = Path(__file__).parent

@@ -9,6 +9,7 @@ import sys
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+
 from vllm_specplugin import ConfigError, UnsupportedError, register, speculate
 from vllm_specplugin.config import CONFIG_KEY
 from vllm_specplugin.vllm.args import DRAFTER, WORKER
@@ -106,7 +107,7 @@ def test_speculate_refuses_an_unsupported_vllm(monkeypatch):
 
 def test_the_drafter_wants_our_worker():
     class Config:
-        class parallel_config:  # noqa: N801
+        class parallel_config:
             worker_cls = "vllm.v1.worker.cpu_worker.CPUWorker"
 
     with pytest.raises(UnsupportedError, match="worker_cls='vllm"):

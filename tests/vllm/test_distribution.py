@@ -2,9 +2,9 @@
 
 Two tokens over an alphabet of five: 25 outcomes, 1,500 samples on each side.
 The statistic is in standard deviations above its mean under equality; a limit
-of 4 is crossed by chance about once in 2,000 runs (its tail is that of
-chi-squared with 24 degrees of freedom). The power is shown by a planted error: a temperature of
-1.4 in place of 1 is found.
+of 4 is crossed by chance about once in 2,000 runs (the tail of chi-squared with
+24 degrees of freedom). The power is shown by a planted error: a temperature of
+1.6 in place of 1 is found.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ def counts(
 
 @pytest.fixture(scope="module")
 def plain(engine: Get, prompts: list[list[int]]) -> np.ndarray:
-    return counts(engine("vllm"), prompts[3][:6], "none", 1.0, 50_000)
+    return counts(engine("vllm"), prompts[3][:16], "none", 1.0, 50_000)
 
 
 @pytest.mark.parametrize("use", ["none", "oracle"])
 def test_same_distribution(
     use: str, engine: Get, prompts: list[list[int]], plain: np.ndarray
 ) -> None:
-    ours = counts(engine("uncached"), prompts[3][:6], use, 1.0, 10_000)
+    ours = counts(engine("uncached"), prompts[3][:16], use, 1.0, 10_000)
     assert chi_squared(ours, plain) < LIMIT
 
 
 def test_the_planted_error_is_found(
     engine: Get, prompts: list[list[int]], plain: np.ndarray
 ) -> None:
-    hotter = counts(engine("uncached"), prompts[3][:6], "oracle", 1.4, 10_000)
+    hotter = counts(engine("uncached"), prompts[3][:16], "oracle", 1.6, 10_000)
     assert chi_squared(hotter, plain) > 2 * LIMIT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from vllm_specplugin import UnsupportedError
 from vllm_specplugin.vllm import upstream
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+
 from vllm_specplugin.engines import EngineError
 
 from .conftest import SWITCH, Engine, start
@@ -23,9 +24,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_text_survives(
-    fault: str, engine: Get, prompts: list[list[int]]
-) -> None:
+def test_the_text_survives(fault: str, engine: Get, prompts: list[list[int]]) -> None:
     one = engine("uncached")
     truth = one.texts(prompts[:4], "none", max_tokens=6, temperature=1.0)
     before = one.ask("stats")["failures"].get(FAULTS[fault], 0)

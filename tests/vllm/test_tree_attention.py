@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from vllm_specplugin.draft import DraftTree
 from vllm_specplugin.vllm.tree_attention import cpu, reference
 from vllm_specplugin.vllm.tree_attention.plan import plan_tree_rows

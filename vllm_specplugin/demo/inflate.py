@@ -180,7 +180,7 @@ def _weights(
     state: dict[str, Tensor] = small.state_dict()
     h, H = small.config.hidden_size, config.hidden_size
     noise = torch.randn(H, h, generator=generator, dtype=torch.float64)
-    P = torch.linalg.qr(noise)[0].float()
+    P: Tensor = torch.linalg.qr(noise)[0].float()
 
     def read(weight: Tensor, norm: Tensor) -> Tensor:
         return weight @ (norm[:, None] * P.T * math.sqrt(h / H))

@@ -224,9 +224,7 @@ def _generate(
     return answer
 
 
-def _rotated(
-    engines: Sequence[EngineProcess], number: int
-) -> Iterator[EngineProcess]:
+def _rotated(engines: Sequence[EngineProcess], number: int) -> Iterator[EngineProcess]:
     """A different engine goes first in each round."""
     for i in range(len(engines)):
         yield engines[(i + number) % len(engines)]

@@ -105,8 +105,11 @@ def apply_flags(args: argparse.Namespace) -> argparse.Namespace:
             ``--spec-proposer``, or they contradict flags of vLLM.
     """
     names = ("proposer", "scorer", "policy", "max_nodes", "options")
-    given = {n: getattr(args, f"spec_{n}", None) for n in names}
-    given = {name: value for name, value in given.items() if value is not None}
+    given: dict[str, Any] = {
+        name: value
+        for name in names
+        if (value := getattr(args, f"spec_{name}", None)) is not None
+    }
     if not given:
         return args
     if "proposer" not in given:

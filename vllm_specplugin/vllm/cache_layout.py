@@ -78,7 +78,7 @@ def find_reader(layer: Any) -> BlockReader | None:
     generator = torch.Generator().manual_seed(0)
     key, value = torch.randint(0, _DIGIT, (2, *shape), generator=generator).float()
     stored = _store(layer, key, value)
-    candidates = [read_transposed_blocks, read_split_blocks]
+    candidates: list[BlockReader] = [read_transposed_blocks, read_split_blocks]
     if (permuted := _permutation_reader(layer)) is not None:
         candidates.append(permuted)
     for read in candidates:

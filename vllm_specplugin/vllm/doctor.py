@@ -55,7 +55,7 @@ def _safely(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
 
 
 def _entry_point() -> Iterator[Finding]:
-    found = [e for e in entry_points(group="vllm.general_plugins")]
+    found = list(entry_points(group="vllm.general_plugins"))
     if not any(e.value == "vllm_specplugin:register" for e in found):
         yield Finding(
             "entry point",

@@ -95,12 +95,12 @@ def _spec_counters(llm: Any) -> dict[str, int]:
     return totals
 
 
-def stats(llm: Any, request: dict[str, Any]) -> Any:
+def stats(llm: Any, _: dict[str, Any]) -> Any:
     """The plugin's counters."""
     return llm.collective_rpc("specplugin_stats")[0]
 
 
-def reset(llm: Any, request: dict[str, Any]) -> Any:
+def reset(llm: Any, _: dict[str, Any]) -> Any:
     """Forgets what the proposer and the policy learnt."""
     return llm.collective_rpc("specplugin_reset")[0]
 

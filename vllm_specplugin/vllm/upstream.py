@@ -11,6 +11,7 @@ import importlib
 import inspect
 from functools import reduce
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from vllm_specplugin.errors import UnsupportedError, complain
 
@@ -160,8 +161,7 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
         "output_scale",
         "output_block_scale",
     ),
-    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl"
-    ".do_kv_cache_update": (
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update": (
         "self",
         "layer",
         "key",
@@ -218,13 +218,15 @@ def check_version() -> None:
 
 def drift() -> list[str]:
     """Differences between :data:`SEAMS` and the installed vLLM, as sentences."""
-    return [problem for path, names in SEAMS.items() if (problem := _check(path, names))]
+    return [
+        problem for path, names in SEAMS.items() if (problem := _check(path, names))
+    ]
 
 
 def _check(path: str, names: tuple[str, ...] | None) -> str | None:
     module_name, _, attributes = path.partition(":")
     try:
-        target = reduce(
+        target: Any = reduce(
             getattr, attributes.split("."), importlib.import_module(module_name)
         )
     except (ImportError, AttributeError) as error:
@@ -241,7 +243,11 @@ def _check(path: str, names: tuple[str, ...] | None) -> str | None:
         not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     ]
     missing = [name for name in names if name not in found]
-    if missing or extra_needed or (found[: len(names)] != names and not _is_class(target)):
+    if (
+        missing
+        or extra_needed
+        or (found[: len(names)] != names and not _is_class(target))
+    ):
         return f"{path} takes {found}, expected {names}"
     return None
 

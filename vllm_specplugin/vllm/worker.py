@@ -89,9 +89,10 @@ def adopt(runner: Any, config: SpecConfig) -> None:
                 "drop --spec-proposer for this model",
             )
         )
-    base = type(runner)
+    base: Any = type(runner)
     runner.__class__ = type(f"Tree{base.__name__}", (TreeRunnerV1, base), {})
-    runner.spec = SpecState(config, runner)
+    adopted: Any = runner  # mypy knows it as vLLM's class by now
+    adopted.spec = SpecState(config, runner)
 
 
 def describe(runner: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from vllm_specplugin.layout import StepLayout
 from vllm_specplugin.vllm import engine_process, runner_v1
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows

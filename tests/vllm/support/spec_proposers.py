@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
+
 from vllm_specplugin import EMPTY_TREE, PROPOSERS, DraftTree
 from vllm_specplugin.config import parse_options
 from vllm_specplugin.interfaces import EngineInfo, ProposeContext, RequestView

@@ -109,6 +109,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def _no_cuda_graphs(*_: Any, **__: Any) -> AttentionCGSupport:
+    return AttentionCGSupport.NEVER
+
+
 @lru_cache
 def _tree_backend(name: str) -> type:
     module, _, attribute = AttentionBackendEnum[name].value.rpartition(".")
@@ -125,9 +129,7 @@ def _tree_backend(name: str) -> type:
         {
             "__module__": __name__,
             "_cudagraph_support": AttentionCGSupport.NEVER,
-            "get_cudagraph_support": classmethod(
-                lambda cls, *args, **kwargs: AttentionCGSupport.NEVER
-            ),
+            "get_cudagraph_support": classmethod(_no_cuda_graphs),
         },
     )
     return type(

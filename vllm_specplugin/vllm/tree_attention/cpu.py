@@ -71,7 +71,7 @@ def _compiled() -> Callable[..., None]:
         raise NotImplementedError
 
     @overload(widen)
-    def _widen(source, target):  # type: ignore[no-untyped-def]
+    def _widen(source, target):  # type: ignore[no-untyped-def]  # noqa: ARG001
         if source.dtype == types.uint16:  # bfloat16: the upper half of a float32
 
             def copy(source, target):  # type: ignore[no-untyped-def]
@@ -137,6 +137,40 @@ def _compiled() -> Callable[..., None]:
                 o[d] += p[t] * v0[d]
 
     @jit
+    def softmax(s, base, bits, scratch):  # type: ignore[no-untyped-def]
+        """Softmax in place over the visible positions, zero elsewhere."""
+        for node in range(s.shape[0] - base):
+            if not (bits >> np.uint64(node)) & np.uint64(1):
+                s[base + node] = np.float32(-3e38)
+        highest = s[0]
+        for t in range(s.shape[0]):
+            highest = max(highest, s[t])
+        for t in range(s.shape[0]):
+            s[t] -= highest
+        exponentials(s, scratch)
+        total = np.float32(0.0)
+        for node in range(s.shape[0] - base):
+            if not (bits >> np.uint64(node)) & np.uint64(1):
+                s[base + node] = np.float32(0.0)
+        for t in range(s.shape[0]):
+            total += s[t]
+        for t in range(s.shape[0]):
+            s[t] /= total
+
+    @jit
+    def same_request(request, nodes, first):  # type: ignore[no-untyped-def]
+        """End of the rows of one request, and how many nodes they can see."""
+        end, tail = first, 0
+        while end < request.shape[0] and request[end] == request[first]:
+            bits, width = nodes[end], 0
+            while bits:
+                bits >>= np.uint64(1)
+                width += 1
+            tail = max(tail, width)
+            end += 1
+        return end, tail
+
+    @jit
     def attend(query, kv, table, request, context, nodes, block_size, out):  # type: ignore[no-untyped-def]
         m, heads, size = query.shape
         kv_heads = kv.shape[1]
@@ -145,20 +179,11 @@ def _compiled() -> Callable[..., None]:
         widened = np.empty(half, dtype=np.float32)
         first = 0
         while first < m:
-            end = first
-            tail = 0
-            while end < m and request[end] == request[first]:
-                bits = nodes[end]
-                width = 0
-                while bits:
-                    bits >>= np.uint64(1)
-                    width += 1
-                tail = max(tail, width)
-                end += 1
+            end, tail = same_request(request, nodes, first)
             base = context[first]
             length = base + tail
             count = (length + block_size - 1) // block_size
-            score = np.zeros(((end - first) * group, length), dtype=np.float32)
+            score = np.empty(((end - first) * group, length), dtype=np.float32)
             scratch = np.empty(length, dtype=np.float32)
             for h in range(kv_heads):
                 score[:] = 0
@@ -170,25 +195,7 @@ def _compiled() -> Callable[..., None]:
                         q = query[first + r // group, h * group + r % group]
                         add_scores(q, widened, block_size, n, score[r, lo : lo + n])
                 for r in range(score.shape[0]):
-                    s = score[r]
-                    bits = nodes[first + r // group]
-                    for node in range(tail):
-                        if not (bits >> np.uint64(node)) & np.uint64(1):
-                            s[base + node] = np.float32(-3e38)
-                    highest = s[0]
-                    for t in range(length):
-                        highest = max(highest, s[t])
-                    for t in range(length):
-                        s[t] -= highest
-                    exponentials(s, scratch)
-                    for node in range(tail):
-                        if not (bits >> np.uint64(node)) & np.uint64(1):
-                            s[base + node] = np.float32(0.0)
-                    total = np.float32(0.0)
-                    for t in range(length):
-                        total += s[t]
-                    for t in range(length):
-                        s[t] /= total
+                    softmax(score[r], base, nodes[first + r // group], scratch)
                     out[first + r // group, h * group + r % group] = np.float32(0.0)
                 for b in range(count):
                     lo = b * block_size

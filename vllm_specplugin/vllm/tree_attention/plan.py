@@ -40,7 +40,10 @@ def plan_tree_rows(
             block table, the flat row of its root, the position of its root, and
             the tree with its chain in front.
     """
-    query, request, context, nodes = [], [], [], []
+    query: list[int] = []
+    request: list[int] = []
+    context: list[int] = []
+    nodes: list[int] = []
     for index, root_row, root_position, tree in trees:
         visible: list[int] = []
         for node, parent in enumerate(tree.parents.tolist()):
