@@ -1,0 +1,155 @@
+"""What every registered proposer, scorer and policy must do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_specplugin import POLICIES, PROPOSERS, SCORERS, DraftTree
+from vllm_specplugin.config import SpecConfig, build
+from vllm_specplugin.interfaces import (
+    BudgetContext,
+    EngineInfo,
+    LengthPolicy,
+    ProposeContext,
+    Proposer,
+    RequestView,
+    ScoreBatch,
+    Scorer,
+    StepOutcome,
+    TrimContext,
+)
+from vllm_specplugin.layout import StepLayout
+
+ENGINE = EngineInfo(vocab_size=30, max_model_len=256, max_num_seqs=8, max_nodes=16)
+
+
+def make(role: str, name: str):
+    settings = {"proposer": "none", role: name}
+    return build(SpecConfig(**settings), role, ENGINE)
+
+
+def view(req_id: str, tokens, *, nodes=16, depth=16, temperature=0.0) -> RequestView:
+    tokens = np.asarray(tokens, dtype=np.int32)
+    tokens.flags.writeable = False
+    return RequestView(
+        req_id=req_id,
+        tokens=tokens,
+        num_prompt_tokens=min(3, len(tokens)),
+        max_nodes=nodes,
+        max_depth=depth,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        seed=11,
+        options={},
+    )
+
+
+def propose(proposer, *views) -> list[DraftTree]:
+    return list(proposer.propose(ProposeContext(requests=views)))
+
+
+TEXTS = [[4], [1, 2], [5, 6, 7] * 20, list(range(30)) * 3]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", PROPOSERS.names())
+def test_proposers_draft_trees_within_limits(name, temperature):
+    proposer = make("proposer", name)
+    assert isinstance(proposer, Proposer)
+    assert propose(proposer) == []
+    for nodes, depth in [(16, 16), (1, 16), (16, 1), (5, 3)]:
+        views = [
+            view(f"{i}-{nodes}-{depth}", text, nodes=nodes, depth=depth,
+                 temperature=temperature)
+            for i, text in enumerate(TEXTS)
+        ]  # fmt: skip
+        trees = propose(proposer, *views)
+        assert len(trees) == len(views)
+        for tree in trees:
+            DraftTree(tree.tokens, tree.parents, tree.estimates)
+            tree.validate(max_nodes=nodes, vocab_size=ENGINE.vocab_size)
+            assert tree.max_depth <= depth
+
+
+@pytest.mark.parametrize("name", PROPOSERS.names())
+def test_proposers_are_deterministic_and_do_not_mind_company(name):
+    first, second = make("proposer", name), make("proposer", name)
+    views = [view(str(i), t, temperature=1.0) for i, t in enumerate(TEXTS)]
+    together = propose(first, *views)
+    alone = [propose(second, v)[0] for v in reversed(views)][::-1]
+    assert together == alone
+
+
+@pytest.mark.parametrize("name", PROPOSERS.names())
+def test_released_ids_start_afresh(name):
+    proposer, fresh = make("proposer", name), make("proposer", name)
+    proposer.release(["never seen"])
+    propose(proposer, view("a", [1, 2, 3] * 10))
+    proposer.release(["a"])
+    proposer.release(["a"])
+    # Another text under the old id, unlike anything seen before.
+    text = [20, 21, 22, 23] * 8
+    assert propose(proposer, view("a", text)) == propose(fresh, view("a", text))
+    # Growing step by step or read at once is the same.
+    for n in range(1, len(text) + 1):
+        grown = propose(proposer, view("b", text[:n]))
+    proposer.release(["a"])
+    assert grown[0].tokens.tolist()[:1] in ([20], [])
+
+
+@pytest.mark.parametrize("name", SCORERS.names())
+def test_scorers_emit_at_least_one_token_of_the_vocabulary(name):
+    scorer = make("scorer", name)
+    assert isinstance(scorer, Scorer)
+    trees = [
+        DraftTree([], []),
+        DraftTree([3, 4, 5], [-1, -1, 1]),
+        DraftTree.chain([-1]),
+    ]
+    layout = StepLayout(trees=trees, root_rows=[0, 1, 5], root_positions=[9, 9, 9])
+    torch.manual_seed(0)
+    result = scorer.score(
+        ScoreBatch(
+            logits=torch.randn(layout.num_rows, ENGINE.vocab_size),
+            starts=layout.starts,
+            tokens=layout.tokens,
+            parents=layout.parents,
+            positions=layout.emit_positions,
+            greedy=np.array([True, False, True]),
+            seeds=np.arange(3, dtype=np.uint64),
+        )
+    )
+    assert (result.lengths >= 1).all()
+    assert result.lengths[0] == result.lengths[2] == 1  # nothing, then padding
+    for request, length in enumerate(result.lengths):
+        emitted = result.tokens[request]
+        assert ((emitted[:length] >= 0) & (emitted[:length] < ENGINE.vocab_size)).all()
+        assert (emitted[length:] == -1).all()
+        rows = result.rows[request, :length]
+        assert rows[0] == layout.starts[request]
+        assert (layout.parents[rows[1:]] == rows[:-1]).all()
+        assert (layout.tokens[rows[1:]] == emitted[: length - 1]).all()
+
+
+@pytest.mark.parametrize("name", POLICIES.names())
+def test_policies_answer_for_every_request(name):
+    policy = make("policy", name)
+    assert isinstance(policy, LengthPolicy)
+    limits = [16, 3, 0]
+    budgets = policy.budget(
+        BudgetContext(
+            req_ids=["a", "b", "c"],
+            limits=limits,
+            num_tokens=[5, 5, 5],
+            options=[{}, {}, {}],
+        )
+    )
+    assert len(budgets) == 3
+    assert all(0 <= b <= limit for b, limit in zip(budgets, limits))
+    survival = [np.array([0.9, 0.5], dtype=np.float32), np.array([0.1], np.float32)]
+    kept = policy.trim(TrimContext(req_ids=["a", "b"], survival=survival))
+    assert len(kept) == 2
+    policy.observe(StepOutcome(req_ids=["a"], drafted=[2], accepted=[1], seconds=0.01))

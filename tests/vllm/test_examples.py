@@ -1,0 +1,143 @@
+"""The examples run as the README says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import TARGET, Engine
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(EXAMPLES),
+    "PYTHON": sys.executable,
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "2",
+}
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_offline() -> None:
+    out = run(str(EXAMPLES / "offline.py"), str(TARGET))
+    length = float(out.split("acceptance length ")[1].split()[0])
+    assert length > 1
+
+
+def test_custom_proposer() -> None:
+    out = run(str(EXAMPLES / "custom_proposer.py"), str(TARGET))
+    assert "'nodes': 0" not in out
+    assert "'failures': {}" in out
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """A server as ``serve.sh`` starts it, with vLLM's own processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--host=127.0.0.1", f"--port={port}", "--dtype=float32", "--enforce-eager"]
+    flags += ["--max-model-len=512", "--block-size=32", "--max-num-seqs=8"]
+    log = EXAMPLES.parent / ".pytest_cache" / "server.log"
+    log.parent.mkdir(exist_ok=True)
+    with (
+        log.open("w") as sink,
+        subprocess.Popen(
+            ["bash", str(EXAMPLES / "serve.sh"), str(TARGET), *flags],
+            env={**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
+        ) as process,
+    ):
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 240
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5).close()
+                break
+            except (urllib.error.URLError, ConnectionError):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    pytest.fail(log.read_text()[-4000:])
+                time.sleep(0.5)
+        yield url
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+    started = [line for line in log.read_text().splitlines() if "is active on" in line]
+    assert len(started) == 1
+    assert "proposer=suffix scorer=exact policy=fixed max_nodes=16" in started[0]
+    assert "(draft trees)" in started[0]
+
+
+def complete(url: str, **body: Any) -> dict[str, Any]:
+    request = urllib.request.Request(
+        f"{url}/v1/completions",
+        data=json.dumps({"model": str(TARGET), **body}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        answer: dict[str, Any] = json.load(response)
+    return answer
+
+
+def test_served_text_is_that_without_speculation(
+    server: str, engine: Callable[[str], Engine], prompts: list[list[int]]
+) -> None:
+    for temperature in (0.0, 1.0):
+        truth = engine("uncached").texts(prompts, "none", temperature=temperature)
+        for i, prompt in enumerate(prompts):
+            answer = complete(
+                server,
+                prompt=prompt,
+                seed=1000 + i,
+                temperature=temperature,
+                max_tokens=48,
+                ignore_eos=True,
+                return_token_ids=True,
+            )
+            assert answer["choices"][0]["token_ids"] == truth[i]
+    metrics = urllib.request.urlopen(f"{server}/metrics", timeout=30).read().decode()
+    accepted = [
+        float(line.split()[-1])
+        for line in metrics.splitlines()
+        if line.startswith("vllm:spec_decode_num_accepted_tokens_total")
+    ]
+    assert sum(accepted) > 0
+
+
+@pytest.mark.parametrize("body", [{"min_p": 0.5}, {"logit_bias": {"5": 3.0}}])
+def test_what_vllm_refuses_with_speculation_is_a_400(
+    server: str, body: dict[str, Any]
+) -> None:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        complete(server, prompt=[5, 6], max_tokens=2, **body)
+    assert caught.value.code == 400
+    assert "not yet supported with speculative decoding" in caught.value.read().decode()
