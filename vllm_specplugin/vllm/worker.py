@@ -24,6 +24,7 @@ class SpecWorkerMixin:
     """Mixed into the platform's worker class."""
 
     def init_device(self) -> None:
+        _log_as_vllm_does()
         check_version()
         config = _configuration(self.vllm_config)  # type: ignore[attr-defined]
         from vllm_specplugin.vllm.tree_attention.backend import register_tree_backends
@@ -93,6 +94,15 @@ def adopt(runner: Any, config: SpecConfig) -> None:
     runner.__class__ = type(f"Tree{base.__name__}", (TreeRunnerV1, base), {})
     adopted: Any = runner  # mypy knows it as vLLM's class by now
     adopted.spec = SpecState(config, runner)
+
+
+def _log_as_vllm_does() -> None:
+    """vLLM configures its own loggers only; ours would stay silent below WARNING."""
+    own, theirs = logging.getLogger("vllm_specplugin"), logging.getLogger("vllm")
+    if theirs.handlers and not own.handlers:
+        own.handlers = list(theirs.handlers)
+        own.setLevel(theirs.level)
+        own.propagate = False
 
 
 def describe(runner: Any) -> str:
