@@ -135,7 +135,7 @@ class SpecConfig:
 
     proposer: str = option("suffix", "what drafts")
     scorer: str = option("exact", "what decides acceptance")
-    policy: str = option("fixed", "how much to draft, for whom")
+    policy: str = option("goodput", "how much to draft, for whom")
     max_nodes: int = option(
         16, "most draft tokens per request and step", low=1, high=MAX_NODES
     )
@@ -147,6 +147,8 @@ class SpecConfig:
     max_failures: int = option(
         10, "failed proposer calls in a row before it is switched off", low=1
     )
+    trace: str = option("", "file to write a trace of drafts and steps to")
+    trace_limit_mb: float = option(256.0, "most megabytes of a trace", low=0.001)
     options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     @classmethod

@@ -79,7 +79,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--spec-policy",
         metavar="NAME",
         default=None,
-        help="How much is drafted, for whom. Default: fixed.",
+        help="How much is drafted, for whom. Default: goodput.",
     )
     group.add_argument(
         "--spec-max-nodes",
@@ -142,7 +142,7 @@ def apply_flags(args: argparse.Namespace) -> argparse.Namespace:
     arguments = engine_arguments(
         proposer=given["proposer"],
         scorer=given.get("scorer", "exact"),
-        policy=given.get("policy", "fixed"),
+        policy=given.get("policy", "goodput"),
         max_nodes=given.get("max_nodes", 16),
         options=_parse_json(given.get("options", "{}")),
     )

@@ -9,7 +9,7 @@ standard error.
 
 Settings: ``{"model", "engine": {LLM arguments}, "speculate": {...} or null,
 "mend": bool}``. Commands: ``{"do": "run", "prompts": [[ids]], "params":
-[{sampling parameters}]}``, ``{"do": "stats"}``, ``{"do": "reset"}``.
+[{sampling parameters}]}``, ``{"do": "stats"}``, ``{"do": "reset", "changes": {...}}``.
 """
 
 from __future__ import annotations
@@ -100,9 +100,10 @@ def stats(llm: Any, _: dict[str, Any]) -> Any:
     return llm.collective_rpc("specplugin_stats")[0]
 
 
-def reset(llm: Any, _: dict[str, Any]) -> Any:
-    """Forgets what the proposer and the policy learnt."""
-    return llm.collective_rpc("specplugin_reset")[0]
+def reset(llm: Any, request: dict[str, Any]) -> Any:
+    """Forgets what the proposer and the policy learnt, and changes settings."""
+    changes = request.get("changes")
+    return llm.collective_rpc("specplugin_reset", args=(changes,))[0]
 
 
 COMMANDS: Mapping[str, Command] = {"run": run, "stats": stats, "reset": reset}
