@@ -10,13 +10,13 @@ result says for how many positions it did (``coverage``).
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.draft import EMPTY_TREE, DraftTree
@@ -77,7 +77,6 @@ class Replayed:
     seconds: float
     tokens: int
     steps: int
-    drafts: int
     nodes: int
     accepted: int
     request_steps: int
@@ -188,6 +187,7 @@ def replay(
     batch: int | None = None,
     load: Sequence[int] | None = None,
     noise: float | None = None,
+    warm: bool = False,
     seed: int = 0,
 ) -> Replayed:
     """Runs one policy over the recorded requests.
@@ -201,6 +201,8 @@ def replay(
             policy settle after a change.
         noise: relative standard deviation of step times; by default the error
             with which the recorded ones are predicted.
+        warm: whether a policy that learns step times starts with the recorded
+            ones, as the engine does after a restart.
         seed: of the noise.
 
     Raises:
@@ -210,138 +212,176 @@ def replay(
     if policy == "goodput":
         options.setdefault("persist", False)
     config = SpecConfig.from_dict(
-        {"proposer": "none", "policy": policy, "options": {"policy": options},
-         "max_nodes": recording.engine.max_nodes}
-    )  # fmt: skip
-    clock = _Clock()
-    tape = _Tape(recording, clock)
-    metrics = SpecMetrics()
+        {
+            "proposer": "none",
+            "policy": policy,
+            "options": {"policy": options},
+            "max_nodes": recording.engine.max_nodes,
+        }
+    )
     made = build(config, "policy", recording.engine)
-    drafter = Drafter(tape, made, config, recording.engine, metrics, clock=clock)
+    if warm and (start := getattr(made, "start_warm", None)) is not None:
+        start(recording.times)
     spread = recording.times.error if noise is None else noise
-    random = np.random.default_rng(seed)
-    waiting = list(range(len(recording.texts)))[::-1]
-    live: dict[int, int] = {}
-    kept: dict[int, DraftTree] = {}
-    total = {"tokens": 0, "request_steps": 0}
-    by_step: dict[str, list[int]] = defaultdict(list)
-    ends = [text.end for text in recording.texts]
-    while waiting or live:
-        places = batch or recording.concurrency
-        if load is not None:
-            places = load[min(len(by_step["nodes"]), len(load) - 1)]
-        while waiting and len(live) < places:
-            number = waiting.pop()
-            if ends[number] > recording.texts[number].start:
-                live[number] = recording.texts[number].start
+    imagined = _Engine(recording, config, made, spread, seed)
+    while imagined.step(
+        load[min(len(imagined.nodes), len(load) - 1)]
+        if load is not None
+        else batch or recording.concurrency
+    ):
+        pass
+    return imagined.result(policy)
+
+
+class _Engine:
+    """An engine that knows the texts in advance and takes predicted times."""
+
+    def __init__(
+        self,
+        recording: Recording,
+        config: SpecConfig,
+        policy: Any,
+        spread: float,
+        seed: int,
+    ) -> None:
+        self._recording = recording
+        self._clock = _Clock()
+        self._tape = _Tape(recording, self._clock)
+        self._metrics = SpecMetrics()
+        self._drafter = Drafter(
+            self._tape,
+            policy,
+            config,
+            recording.engine,
+            self._metrics,
+            clock=self._clock,
+        )
+        self._spread, self._random = spread, np.random.default_rng(seed)
+        self._ends = [text.end for text in recording.texts]
+        self._waiting = [
+            number
+            for number, text in enumerate(recording.texts)
+            if self._ends[number] > text.start
+        ][::-1]
+        self._live: dict[int, int] = {}
+        """Context length of the requests under way."""
+        self._trees: dict[int, DraftTree] = {}
+        self.nodes: list[int] = []
+        self.requests: list[int] = []
+
+    def step(self, places: int) -> bool:
+        """One step with at most so many requests; whether there were any."""
+        live = self._live
+        while self._waiting and len(live) < places:
+            number = self._waiting.pop()
+            live[number] = self._recording.texts[number].start
         order = list(live)[:places]
         if not order:
-            break
-        outcome, emitted = _step(recording, order, live, kept, drafter, clock,
-                                 spread, random)  # fmt: skip
-        by_step["nodes"].append(sum(outcome.drafted))
-        by_step["live"].append(len(order))
-        drafter.observe(outcome, emitted)
-        for i, number in enumerate(order):
-            gained = int((emitted[i] >= 0).sum())
-            metrics.observe(outcome.drafted[i], gained - 1, gained)
-            live[number] += gained
-            total["tokens"] += gained
-            total["request_steps"] += 1
-            if live[number] >= ends[number]:
+            return False
+        outcome, emitted = self._verify(order)
+        self._drafter.observe(outcome, emitted)
+        for number, drafted, accepted in zip(order, outcome.drafted, outcome.accepted):
+            self._metrics.observe(drafted, accepted, accepted + 1)
+            live[number] += accepted + 1
+            if live[number] >= self._ends[number]:
                 del live[number]
-                drafter.release([str(number)])
-        kept = _draft(recording, [n for n in order if n in live], live, ends, drafter)
-    return Replayed(
-        policy=policy, seconds=clock.now, tokens=total["tokens"],
-        steps=len(by_step["nodes"]), drafts=metrics.drafts, nodes=metrics.nodes,
-        accepted=metrics.accepted, request_steps=total["request_steps"],
-        coverage=tape.found / max(1, tape.asked), nodes_by_step=by_step["nodes"],
-        live_by_step=by_step["live"], snapshot=drafter.snapshot(),
-    )  # fmt: skip
+                self._drafter.release([str(number)])
+        going_on = [number for number in order if number in live]
+        trees = self._drafter.draft([self._request(number) for number in going_on])
+        self._trees = {n: tree for n, tree in zip(going_on, trees) if len(tree)}
+        self.nodes.append(sum(outcome.drafted))
+        self.requests.append(len(order))
+        return True
 
+    def result(self, policy: str) -> Replayed:
+        metrics, tape = self._metrics, self._tape
+        return Replayed(
+            policy=policy,
+            seconds=self._clock.now,
+            tokens=metrics.emitted,
+            steps=len(self.nodes),
+            nodes=metrics.nodes,
+            accepted=metrics.accepted,
+            request_steps=metrics.requests,
+            coverage=tape.found / max(1, tape.asked),
+            nodes_by_step=self.nodes,
+            live_by_step=self.requests,
+            snapshot=self._drafter.snapshot(),
+        )
 
-def _step(
-    recording: Recording,
-    order: Sequence[int],
-    live: Mapping[int, int],
-    kept: Mapping[int, DraftTree],
-    drafter: Drafter,
-    clock: _Clock,
-    spread: float,
-    random: np.random.Generator,
-) -> tuple[StepOutcome, np.ndarray[Any, np.dtype[np.int64]]]:
-    """One step of the imagined engine."""
-    trees = [kept.get(number, EMPTY_TREE) for number in order]
-    emitted = np.full((len(order), 1 + max(map(len, trees))), -1, dtype=np.int64)
-    for i, (number, tree) in enumerate(zip(order, trees)):
-        tokens, position, node = recording.texts[number].tokens, live[number], -1
-        for column in range(emitted.shape[1]):
-            token = tokens.get(position + column)
-            if token is None:
-                break
-            emitted[i, column] = token
-            children = np.flatnonzero((tree.parents == node) & (tree.tokens == token))
-            if not len(children):
-                break
-            node = int(children[0])
-    sizes = [len(tree) for tree in trees]
-    masked = sum(0 if t.is_chain else len(t) - t.chain_prefix for t in trees)
-    lengths = [live[number] for number in order]
-    shape = StepShape(
-        requests=len(order),
-        nodes=sum(sizes),
-        attended=sum((1 + n) * m for n, m in zip(sizes, lengths)) / 1000,
-        masked=masked,
-    )
-    seconds = float(recording.times.seconds(shape)[0]) * random.lognormal(0, spread)
-    clock.now += seconds
-    return (
-        StepOutcome(
+    def _verify(
+        self, order: Sequence[int]
+    ) -> tuple[StepOutcome, npt.NDArray[np.int64]]:
+        live, drafter = self._live, self._drafter
+        trees = [self._trees.get(number, EMPTY_TREE) for number in order]
+        emitted = np.full((len(order), 1 + max(map(len, trees))), -1, dtype=np.int64)
+        for i, (number, tree) in enumerate(zip(order, trees)):
+            path = _follow(self._recording.texts[number], live[number], tree)
+            emitted[i, : len(path)] = path
+        accepted = ((emitted >= 0).sum(axis=1) - 1).tolist()
+        sizes = [len(tree) for tree in trees]
+        lengths = [live[number] for number in order]
+        shape = StepShape(
+            requests=len(order),
+            nodes=sum(sizes),
+            attended=sum((1 + n) * m for n, m in zip(sizes, lengths)) / 1000,
+            masked=sum(0 if t.is_chain else len(t) - t.chain_prefix for t in trees),
+        )
+        seconds = float(self._recording.times.seconds(shape)[0])
+        seconds *= self._random.lognormal(0, self._spread)
+        self._clock.now += seconds
+        outcome = StepOutcome(
             req_ids=[str(number) for number in order],
             num_tokens=lengths,
             drafted=sizes,
             deepest=[tree.max_depth for tree in trees],
-            accepted=[int((row >= 0).sum()) - 1 for row in emitted],
-            foreseen=[int((row >= 0).sum()) - 1 for row in emitted],
-            masked=masked,
+            accepted=accepted,
+            foreseen=accepted,
+            masked=shape.masked,
             prompt_tokens=0,
             seconds=seconds,
             gap_seconds=0.0,
             draft_requests=drafter.draft_requests,
             draft_seconds=drafter.draft_seconds,
-        ),
-        emitted,
-    )
+        )
+        return outcome, emitted
 
-
-def _draft(
-    recording: Recording,
-    numbers: Sequence[int],
-    live: Mapping[int, int],
-    ends: Sequence[int],
-    drafter: Drafter,
-) -> dict[int, DraftTree]:
-    def request(number: int) -> DraftRequest:
-        text, length = recording.texts[number], live[number]
-        left = ends[number] - length - 1
+    def _request(self, number: int) -> DraftRequest:
+        text, length = self._recording.texts[number], self._live[number]
+        left = self._ends[number] - length - 1
 
         def view(nodes: int) -> RequestView:
             return RequestView(
-                req_id=str(number), tokens=np.zeros(length, dtype=np.int32),
-                num_prompt_tokens=text.start, max_nodes=nodes, max_depth=max(1, left),
-                temperature=float(text.sampled), top_k=0, top_p=1.0, seed=0,
+                req_id=str(number),
+                tokens=np.zeros(length, dtype=np.int32),
+                num_prompt_tokens=text.start,
+                max_nodes=nodes,
+                max_depth=left,
+                temperature=float(text.sampled),
+                top_k=0,
+                top_p=1.0,
+                seed=0,
                 options={},
-            )  # fmt: skip
+            )
 
         return DraftRequest(
             view=view,
             req_id=str(number),
-            limit=recording.engine.max_nodes if left > 0 else 0,
+            limit=self._recording.engine.max_nodes if left > 0 else 0,
             num_tokens=length,
             greedy=not text.sampled,
             options={},
         )
 
-    trees = drafter.draft([request(number) for number in numbers])
-    return {n: tree for n, tree in zip(numbers, trees) if len(tree)}
+
+def _follow(text: _Text, position: int, tree: DraftTree) -> list[int]:
+    """The tokens a step emits: the text, as far as the tree has it, and one."""
+    emitted: list[int] = []
+    node = -1
+    while (token := text.tokens.get(position + len(emitted))) is not None:
+        emitted.append(token)
+        children = np.flatnonzero((tree.parents == node) & (tree.tokens == token))
+        if not len(children):
+            break
+        node = int(children[0])
+    return emitted

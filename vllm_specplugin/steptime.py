@@ -293,19 +293,37 @@ class StepTimeModel:
             "draft_ms_1_request": round(self.draft_seconds(1) * 1e3, 4),
         }
 
-    def save(self, path: Path) -> None:
-        """Writes the state for the next start; complete or not at all.
-
-        Raises:
-            OSError: the disk is full or the folder cannot be written.
-        """
-        state = {
+    def state(self) -> dict[str, Any]:
+        """Plain data for :meth:`restore`."""
+        return {
             "schema": _SCHEMA,
             "largest": self.largest,
             "step": self._step.state(),
             "draft": self._draft.state(),
             "gap": self._gap.state(),
         }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Starts from the state of an earlier model.
+
+        Raises:
+            ValueError: another version, or numbers that are none.
+        """
+        if state["schema"] != _SCHEMA:
+            raise ValueError(f"schema {state['schema']}, expected {_SCHEMA}")
+        parts = {"step": self._step, "draft": self._draft, "gap": self._gap}
+        for name, part in parts.items():
+            if state[name]["scale"] is not None:
+                part.restore(state[name])
+        self.largest = int(state["largest"])
+
+    def save(self, path: Path) -> None:
+        """Writes the state for the next start; complete or not at all.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written.
+        """
+        state = self.state()
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
         try:
@@ -322,15 +340,7 @@ class StepTimeModel:
         A file that is damaged or of another version is reported and left out.
         """
         try:
-            state = json.loads(path.read_text())
-            if state["schema"] != _SCHEMA:
-                raise ValueError(f"schema {state['schema']}, expected {_SCHEMA}")
-            for name, part in (
-                ("step", self._step), ("draft", self._draft), ("gap", self._gap)
-            ):  # fmt: skip
-                if state[name]["scale"] is not None:
-                    part.restore(state[name])
-            self.largest = int(state["largest"])
+            self.restore(json.loads(path.read_text()))
         except FileNotFoundError:
             return False
         except (OSError, ValueError, KeyError, TypeError, np.linalg.LinAlgError) as bad:

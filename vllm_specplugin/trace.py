@@ -47,7 +47,7 @@ __all__ = ["SCHEMA", "TraceError", "TraceWriter", "read_trace"]
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
-_FLUSH_STEPS = 50
+_FLUSH_STEPS = 20
 
 
 class TraceError(SpecPluginError, ValueError):
@@ -184,6 +184,7 @@ class TraceWriter:
         except OSError as error:
             logger.warning("trace %s ends here: %s", self._path, error)
             self._file = None
+            self._raw.close()
 
 
 def read_trace(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -104,6 +104,10 @@ class GoodputPolicy:
             return None
         return cache_dir() / "step_times" / f"{engine.fingerprint}.json"
 
+    def start_warm(self, times: StepTimeModel) -> None:
+        """Starts from measured step times, as a restart would."""
+        self._times.restore(times.state())
+
     # ------------------------------------------------------------ deciding
 
     def budget(self, ctx: BudgetContext) -> Sequence[int]:
