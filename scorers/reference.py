@@ -163,8 +163,7 @@ def turn_down(mass: Weights, up: Any, law: Weights) -> tuple[Weights, Any]:
 
 
 def exact(v: Verification, chosen: Sequence[int]) -> Outcome:
-    """Lossless: follow the children that carry the token drawn from p at each
-    row, ``chosen``."""
+    """Lossless: follow the children whose token was drawn from p at their row."""
     path: list[int] = []
     while True:
         row = path[-1] + 1 if path else 0
@@ -365,7 +364,8 @@ def threshold(
         left = p.copy()
         cumulative: list[Any] = []
         total = p[0] * 0
-        for node in v.children[row]:
+        children = sorted(v.children[row])  # what was drawn from q does not matter
+        for node in children:
             token = v.tokens[node]
             total += left[token]
             sure = left[token] > 0 and p[token] >= single
@@ -374,7 +374,7 @@ def threshold(
         chosen = coins.choose(row, cumulative)
         if chosen is None:
             return Outcome(path, coins.draw(left if left.sum() > 0 else p))
-        path.append(v.children[row][chosen])
+        path.append(children[chosen])
 
 
 def fly(
@@ -394,8 +394,7 @@ def fly(
     def tolerable(row: int, node: int) -> bool:
         three = np.sort(v.target[row].astype(float))[-3:]
         three = three[three > 0]
-        return bool(-(three * np.log(three)).sum() >= gate) and (
-            follows(node + 1) >= window
-        )
+        unsure = -(three * np.log(three)).sum() >= gate
+        return bool(unsure) and follows(node + 1) >= window
 
     return or_rejection(v, coins, tolerable)
