@@ -14,8 +14,9 @@ would keep no or another child of its row. Three guards bound how many are:
     no more than this share of a request's output, at any time.
 
 Where a guard is closed, the row is decided by rejection. What a request has used
-up is kept under its id and position; a step whose output vLLM threw away (a part
-of a long prompt) is not counted.
+up is kept under its id. A step whose output vLLM threw away is not counted: it was
+over a part of a long prompt, so it had no draft, and the next one starts elsewhere
+than one token on.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ class Ledger:
             Usage()
             if account is None
             else account.after
-            if position == account.position + account.step
-            else account.before  # the last step's output was thrown away
+            if position == account.position + account.step or account.step > 1
+            else account.before  # the last step's one token was thrown away
             for account, position in zip(found, positions)
         ]
 

@@ -137,8 +137,6 @@ class ScoreBatch:
     """``[requests]`` noise keys."""
     req_ids: Sequence[str] = ()
     """``[requests]``, for rules that remember; empty if the caller has none."""
-    options: Sequence[Mapping[str, Any]] = ()
-    """``[requests]`` the requests' own options."""
     settings: Sequence[Any] = ()
     """``[requests]`` the rule's ``Config`` for each request, filled in from its
     options by :class:`vllm_specplugin.scoring.RequestScorer`; empty for the

@@ -26,12 +26,17 @@ class SpecMetrics:
     """Nodes verified."""
     accepted: int = 0
     emitted: int = 0
+    emitted_by_relaxation: int = 0
+    """Emitted tokens that only a lossy rule's leniency accepted."""
     tree_requests: int = 0
     """Request-steps that needed the tree mask."""
     kv_rows_moved: int = 0
     propose_calls: int = 0
     propose_seconds: float = 0.0
     accepted_by_depth: list[int] = field(default_factory=lambda: [0] * MAX_NODES)
+    guarded: Counter[str] = field(default_factory=Counter)
+    """How often a guard rail kept a lossy rule from accepting: ``run``,
+    ``entropy``, ``share``."""
     failures: Counter[str] = field(default_factory=Counter)
     """Why drafts were lost: ``proposer_error``, ``malformed_tree``,
     ``timeout``, ``policy_error``, ``scorer_error``, ``disabled``."""
@@ -62,7 +67,7 @@ class SpecMetrics:
         values: dict[str, Any] = {
             name: getattr(self, name)
             for name in self.__slots__
-            if name not in ("accepted_by_depth", "failures")
+            if name not in ("accepted_by_depth", "failures", "guarded")
         }
         deepest = max(
             (d for d, n in enumerate(self.accepted_by_depth) if n), default=-1
@@ -70,6 +75,7 @@ class SpecMetrics:
         return values | {
             "accepted_by_depth": self.accepted_by_depth[: deepest + 1],
             "failures": dict(self.failures),
+            "guarded": dict(self.guarded),
             "acceptance_length": self.acceptance_length,
             "tokens_per_request_step": self.tokens_per_request_step,
         }
