@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from vllm_specplugin import SCORERS
 from vllm_specplugin.engines import EngineProcess
 
 HERE = Path(__file__).parent
@@ -120,7 +121,11 @@ def start(name: str, speculate: dict[str, Any] | None, **engine: Any) -> Engine:
 SWITCH = {
     "proposer": "spec_proposers:Switch",
     "max_nodes": MAX_NODES,
-    "options": {"draft_timeout_ms": 150.0, "max_failures": 10_000},
+    "options": {
+        "draft_timeout_ms": 150.0,
+        "max_failures": 10_000,
+        "request_scorers": list(SCORERS.names()),
+    },
 }
 
 

@@ -221,7 +221,7 @@ class TreeRunnerV1:
         ready = process_logits(self.sampler, logits, metadata, layout)
         req_ids = self.input_batch.req_ids
         probs = batch_probs(
-            [self._draft_probs(*one) for one in zip(req_ids, layout.trees)],
+            [self._drawn_from(*one) for one in zip(req_ids, layout.trees)],
             layout.starts,
             logits.device,
         )
@@ -250,7 +250,7 @@ class TreeRunnerV1:
             logprobs_tensors=gather_logprobs(self.sampler, ready, metadata, result),
         )
 
-    def _draft_probs(self, req_id: str, tree: DraftTree) -> DraftProbs | None:
+    def _drawn_from(self, req_id: str, tree: DraftTree) -> DraftProbs | None:
         # A grammar cuts drafts short at a token it does not allow. Where that
         # token was drawn from q, only a rule that ignores q stays unbiased.
         params = self.requests[req_id].sampling_params
