@@ -6,8 +6,17 @@ import pytest
 
 from vllm_specplugin import SCORERS, ConfigError
 from vllm_specplugin.config import SpecConfig
-from vllm_specplugin.requests import RequestOptions, choosable, parse_request
+from vllm_specplugin.requests import RequestOptions, RequestParser
 from vllm_specplugin.scorers.typical import TypicalScorer
+
+
+def parse_request(values, config):
+    return RequestParser(config).parse(values)
+
+
+def choosable(config):
+    return RequestParser(config).choosable
+
 
 LOSSLESS = ["block", "exact", "rejection", "traversal"]
 OPEN = SpecConfig(request_scorers=["typical", "relaxed", "rejection"])
@@ -106,3 +115,12 @@ def test_first_lines_say_what_a_rule_does_to_the_law():
         first = (sys.modules[factory.__module__].__doc__ or "").splitlines()[0]
         assert ("(lossless" in first) == bool(factory.lossless)
         assert ("(lossy)" in first) == (not factory.lossless)
+
+
+def test_requests_do_not_look_at_installed_packages(monkeypatch):
+    """It takes milliseconds, and requests come by the thousand."""
+    parser = RequestParser(OPEN)
+    parser.parse({"spec_scorer": "typical"})
+    monkeypatch.setattr(SCORERS, "_entry_points", lambda: pytest.fail("looked"))
+    for values in ({}, {"spec_scorer": "typical"}, {"spec_scorer": "rejection"}):
+        parser.parse(values)

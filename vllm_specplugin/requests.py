@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from vllm_specplugin.config import ROLES, SpecConfig, check_option, parse_options
@@ -23,7 +24,7 @@ from vllm_specplugin.draft import MAX_NODES
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.registry import SCORERS
 
-__all__ = ["PREFIX", "RequestOptions", "choosable", "parse_request"]
+__all__ = ["PREFIX", "RequestOptions", "RequestParser"]
 
 PREFIX = "spec_"
 
@@ -41,60 +42,106 @@ class RequestOptions:
     """Nodes to draft, where there are as many, whatever a policy thinks."""
 
 
-def parse_request(
-    values: Mapping[str, Any] | None, config: SpecConfig
-) -> RequestOptions:
-    """Reads and checks the keys that begin with ``spec_``.
+class RequestParser:
+    """Reads requests' options under one operator's configuration.
 
-    Args:
-        values: a request's ``extra_args``.
-        config: the operator's configuration.
-
-    Raises:
-        ConfigError: an unknown key, a wrong type, a value out of range, or a
-            scorer that requests may not choose.
+    Registries look at installed packages, which takes milliseconds, so what they
+    say is asked for once and not per request.
     """
-    given = {
-        key.removeprefix(PREFIX): value
-        for key, value in (values or {}).items()
-        if key.startswith(PREFIX)
-    }
-    scorer = given.pop("scorer", config.scorer)
-    factory = _chosen(scorer, config)
-    most = _nodes("max_nodes", given.pop("max_nodes", None))
-    least = _nodes("min_nodes", given.pop("min_nodes", None)) or 0
-    if most is not None and least > most:
-        raise ConfigError(
-            complain(
-                f"spec_min_nodes={least} with spec_max_nodes={most}",
-                "a minimum that is not above the maximum",
-                "lower spec_min_nodes or raise spec_max_nodes",
+
+    def __init__(self, config: SpecConfig) -> None:
+        self._config = config
+        factories = [ROLES[role].get(getattr(config, role)) for role in ROLES]
+        self._others = {
+            name for one in factories for name in getattr(one, "request_options", ())
+        }
+        self._factories: dict[str, Any] = {}
+        self.default = RequestOptions(config.scorer, self._settings(config.scorer, {}))
+        """What a request without options gets."""
+
+    @cached_property
+    def choosable(self) -> list[str]:
+        """The scorers that requests may choose: those the operator lists in
+        ``request_scorers``, else the lossless ones; and always the default."""
+        names = self._config.request_scorers
+        if names is None:
+            names = [
+                name
+                for name in SCORERS.names()
+                if getattr(self._factory(name), "lossless", False)
+            ]
+        return sorted({self._config.scorer, *names})
+
+    def parse(self, values: Mapping[str, Any] | None) -> RequestOptions:
+        """Reads and checks the keys that begin with ``spec_``.
+
+        Args:
+            values: a request's ``extra_args``.
+
+        Raises:
+            ConfigError: an unknown key, a wrong type, a value out of range, or a
+                scorer that requests may not choose.
+        """
+        given = {
+            key.removeprefix(PREFIX): value
+            for key, value in (values or {}).items()
+            if key.startswith(PREFIX)
+        }
+        if not given:
+            return self.default
+        scorer = given.pop("scorer", self._config.scorer)
+        if scorer != self._config.scorer and scorer not in self.choosable:
+            raise ConfigError(
+                complain(
+                    f"spec_scorer={scorer!r}",
+                    f"one of {', '.join(self.choosable)}",
+                    "choose one of these, or have the operator add it to "
+                    "request_scorers in --spec-options",
+                )
             )
-        )
-    settings = _settings(scorer, factory, given, config)
-    return RequestOptions(scorer, settings, most, least)
-
-
-def choosable(config: SpecConfig) -> list[str]:
-    """The scorers that requests may choose: those the operator lists in
-    ``request_scorers``, else the lossless ones; and always the default."""
-    names = config.request_scorers
-    if names is None:
-        names = [n for n in SCORERS.names() if getattr(SCORERS.get(n), "lossless", 0)]
-    return sorted({config.scorer, *names})
-
-
-def _chosen(name: Any, config: SpecConfig) -> Any:
-    if name != config.scorer and name not in choosable(config):
-        raise ConfigError(
-            complain(
-                f"spec_scorer={name!r}",
-                f"one of {', '.join(choosable(config))}",
-                "choose one of these, or have the operator add it to "
-                "request_scorers in --spec-options",
+        most = _nodes("max_nodes", given.pop("max_nodes", None))
+        least = _nodes("min_nodes", given.pop("min_nodes", None)) or 0
+        if most is not None and least > most:
+            raise ConfigError(
+                complain(
+                    f"spec_min_nodes={least} with spec_max_nodes={most}",
+                    "a minimum that is not above the maximum",
+                    "lower spec_min_nodes or raise spec_max_nodes",
+                )
             )
-        )
-    return SCORERS.get(name)
+        return RequestOptions(scorer, self._settings(scorer, given), most, least)
+
+    def _factory(self, name: str) -> Any:
+        if name not in self._factories:
+            self._factories[name] = SCORERS.get(name)
+        return self._factories[name]
+
+    def _settings(self, scorer: str, given: Mapping[str, Any]) -> Any:
+        factory = self._factory(scorer)
+        options = getattr(factory, "Config", None)
+        names = {f.name for f in dataclasses.fields(options)} if options else set()
+        others = self._others | set(getattr(factory, "request_options", ()))
+        if unknown := sorted(set(given) - names - others):
+            known = ["scorer", "max_nodes", "min_nodes", *sorted(names | others)]
+            raise ConfigError(
+                complain(
+                    f"no option {', '.join(PREFIX + name for name in unknown)} with "
+                    f"spec_scorer={scorer!r}",
+                    f"only {', '.join(PREFIX + name for name in known)}",
+                    "remove or rename the key, or choose the scorer it belongs to",
+                )
+            )
+        if options is None:
+            return None
+        config = self._config
+        operators = config.options.get("scorer", {}) if scorer == config.scorer else {}
+        chosen = {
+            name: check_option(options, name, value, f"{PREFIX}{name}")
+            for name, value in given.items()
+            if name in names
+        }
+        base = parse_options(options, operators, f"{scorer} options")
+        return dataclasses.replace(base, **chosen)
 
 
 def _nodes(key: str, value: Any) -> int | None:
@@ -113,36 +160,3 @@ def _nodes(key: str, value: Any) -> int | None:
             )
         )
     return value
-
-
-def _settings(
-    scorer: str, factory: Any, given: dict[str, Any], config: SpecConfig
-) -> Any:
-    options = getattr(factory, "Config", None)
-    fields = dataclasses.fields(options) if options else ()
-    names = {field.name for field in fields}
-    others = {
-        name
-        for role, registry in ROLES.items()
-        for name in getattr(registry.get(getattr(config, role)), "request_options", ())
-    } | set(getattr(factory, "request_options", ()))
-    if unknown := sorted(set(given) - names - others):
-        known = ["scorer", "max_nodes", "min_nodes", *sorted(names | others)]
-        raise ConfigError(
-            complain(
-                f"no option {', '.join(PREFIX + name for name in unknown)} with "
-                f"spec_scorer={scorer!r}",
-                f"only {', '.join(PREFIX + name for name in known)}",
-                "remove or rename the key, or choose the scorer it belongs to",
-            )
-        )
-    if options is None:
-        return None
-    operators = config.options.get("scorer", {}) if scorer == config.scorer else {}
-    chosen = {
-        name: check_option(options, name, value, f"{PREFIX}{name}")
-        for name, value in given.items()
-        if name in names
-    }
-    base = parse_options(options, operators, f"{scorer} options")
-    return dataclasses.replace(base, **chosen)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.errors import ConfigError
 from vllm_specplugin.interfaces import EngineInfo, ScoreBatch, Scorer, ScoreResult
-from vllm_specplugin.requests import RequestOptions, parse_request
+from vllm_specplugin.requests import RequestOptions, RequestParser
 
 __all__ = ["RequestScorer", "merge", "take"]
 
@@ -40,24 +40,24 @@ class RequestScorer:
         self._scorers: dict[str, Scorer] = {
             config.scorer: build(config, "scorer", engine)
         }
-        self._default: RequestOptions = parse_request(None, config)
+        self._parser = RequestParser(config)
         self._choices: dict[str, RequestOptions] = {}
 
     def admit(self, req_id: str, values: Mapping[str, Any] | None) -> RequestOptions:
         """Called with a new request's ``extra_args``, checked before."""
         try:
-            options = parse_request(values, self._config)
+            options = self._parser.parse(values)
         except ConfigError as error:
             # Only if it came past the front end, which refuses it.
             logger.warning("request %s is scored by the default: %s", req_id, error)
-            options = self._default
-        if options != self._default:
+            options = self._parser.default
+        if options != self._parser.default:
             self._choices[req_id] = options
         return options
 
     def options(self, req_id: str) -> RequestOptions:
         """What an admitted request chose."""
-        return self._choices.get(req_id, self._default)
+        return self._choices.get(req_id, self._parser.default)
 
     def release(self, req_ids: Sequence[str]) -> None:
         """Called when requests are gone."""

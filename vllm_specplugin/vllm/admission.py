@@ -9,11 +9,12 @@ processes that configure an engine with this plugin.
 from __future__ import annotations
 
 import functools
+import json
 from typing import Any
 
 from vllm_specplugin.config import CONFIG_KEY, SpecConfig
 from vllm_specplugin.errors import ConfigError
-from vllm_specplugin.requests import PREFIX, parse_request
+from vllm_specplugin.requests import RequestParser
 
 __all__ = ["check_request", "check_requests_from_now_on"]
 
@@ -40,14 +41,20 @@ def check_requests_from_now_on() -> None:
 def check_request(vllm_config: Any, params: Any) -> None:
     """Raises vLLM's ``VLLMValidationError`` for options that are not valid."""
     values = getattr(params, "extra_args", None)
-    if not values or not any(key.startswith(PREFIX) for key in values):
+    if not values:
         return
     found = vllm_config.additional_config
     if not isinstance(found, dict) or CONFIG_KEY not in found:
         return
     try:
-        parse_request(values, SpecConfig.from_dict(found[CONFIG_KEY]))
+        _parser(json.dumps(found[CONFIG_KEY], sort_keys=True)).parse(values)
     except ConfigError as error:
         from vllm.exceptions import VLLMValidationError
 
         raise VLLMValidationError(str(error), parameter="extra_args") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _parser(config: str) -> RequestParser:
+    """One per configuration, since making one looks at installed packages."""
+    return RequestParser(SpecConfig.from_dict(json.loads(config)))
