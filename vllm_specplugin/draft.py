@@ -195,6 +195,8 @@ class DraftTree:
                     "draft only tokens of the target's vocabulary",
                 )
             )
+        if self.draft_probs is not None:
+            self.draft_probs.check_vocabulary(vocab_size)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -296,8 +298,12 @@ class DraftTree:
         """The ``n`` nodes most likely to be accepted, most likely first.
 
         Survival never grows along a path, so with ties broken towards earlier
-        nodes the result is closed under taking parents.
+        nodes the result is closed under taking parents. Of a tree that was drawn
+        from q it is the first ``n``: which nodes are verified must not depend on
+        what was drawn.
         """
+        if self.draft_probs is not None:
+            return self.prefix(n)
         order = np.argsort(-self.survival, kind="stable")
         return self.take(order[:n])
 

@@ -68,6 +68,17 @@ class DraftProbs:
                 )
             )
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises :class:`DraftTreeError` unless over the target's vocabulary."""
+        if self.probs.shape[1] != vocab_size:
+            raise DraftTreeError(
+                complain(
+                    f"draft_probs over {self.probs.shape[1]} tokens",
+                    f"the target's {vocab_size}",
+                    "pad or map the drafter's vocabulary to the target's",
+                )
+            )
+
     def prefix(self, n: int) -> DraftProbs:
         """Of the first ``n`` nodes."""
         return replace(self, rows=self.rows[: n + 1], sampled=self.sampled[:n])
