@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from vllm_specplugin import SCORERS
 from vllm_specplugin.scorers import reference
+from vllm_specplugin.scoring import take
 
 from .drafts import ENGINE, random_batch, replay
 
@@ -83,3 +85,19 @@ def test_closed_guards_turn_typical_into_rejection():
     result = make("typical", relax_run=0).score(batch)
     assert result.relaxed.sum() == 0
     assert result.guarded["run"] > 0
+
+
+@pytest.mark.parametrize("name", SCORERS.names())
+def test_company_and_repetition_change_nothing(name):
+    """Every registered scorer: each request of a batch as if it were alone."""
+    ids = [str(i) for i in range(8)]
+    for seed in range(5):
+        _, batch = random_batch(seed, requests=len(ids), req_ids=ids)
+        together, again = make(name).score(batch), make(name).score(batch)
+        assert (together.tokens == again.tokens).all()
+        for request in range(len(ids)):
+            alone, _ = take(batch, np.array([request]))
+            result = make(name).score(alone)
+            n = result.lengths[0]
+            assert together.lengths[request] == n
+            assert (together.tokens[request, :n] == result.tokens[0]).all()

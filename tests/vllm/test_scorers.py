@@ -16,7 +16,7 @@ from .conftest import Engine
 Get = Callable[[str], Engine]
 
 ALPHABET = [40, 45, 50, 56, 59]
-SAMPLES = 800
+SAMPLES = 1500
 LIMIT = 4.0
 CHOICES: list[dict[str, Any]] = [
     {},
