@@ -23,8 +23,10 @@ from vllm_specplugin.noise import CHOOSE, FLIP, LAST, uniforms
 
 __all__ = ["Candidates"]
 
-_CHUNK = 1 << 24
-"""Most elements of one ``[rows, vocab]`` temporary."""
+_CHUNK = {"cpu": 1 << 20}
+_LARGE_CHUNK = 1 << 25
+"""Most elements of one ``[rows, vocab]`` temporary: on CPU few enough to stay in
+the cache and out of the kernel's page tables, elsewhere many per launch."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -74,7 +76,8 @@ class Candidates:
 
     def chunks(self, rows: Sequence[int]) -> Iterator[list[int]]:
         """``rows`` in parts whose temporaries stay small."""
-        size = max(1, _CHUNK // self.batch.logits.shape[1])
+        most = _CHUNK.get(self.device.type, _LARGE_CHUNK)
+        size = max(1, most // self.batch.logits.shape[1])
         for first in range(0, len(rows), size):
             yield list(rows[first : first + size])
 
