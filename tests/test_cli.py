@@ -13,7 +13,7 @@ def test_list_shows_every_role(capsys):
     shown = capsys.readouterr().out
     for name in ("proposers:", "suffix", "ngram", "none", "scorers:", "exact"):
         assert name in shown
-    assert "policies:\n  fixed" in shown
+    assert "policies:\n  aimd" in shown
 
 
 def test_version(capsys):

@@ -31,7 +31,8 @@ class Policy:
         self.seen = ctx
         if isinstance(self.keep, Exception):
             raise self.keep
-        return [len(s) for s in ctx.survival] if self.keep is None else self.keep
+        nodes = len(ctx.survival)
+        return np.ones(nodes, dtype=bool) if self.keep is None else self.keep
 
     def observe(self, outcome):
         raise RuntimeError("observe")
@@ -76,6 +77,7 @@ def request(req_id, limit=8, max_depth=8, chain_only=False):
         req_id=req_id,
         limit=limit,
         num_tokens=3,
+        greedy=True,
         options={},
         chain_only=chain_only,
     )
@@ -200,7 +202,8 @@ def test_zero_budget_means_no_call():
         Policy(budgets=ValueError("no")),
         Policy(budgets=[1, 2, 3]),
         Policy(keep=ValueError("no")),
-        Policy(keep=[1, 2, 3]),
+        Policy(keep=np.array([True, True, True])),  # two nodes were drafted
+        Policy(keep=np.array([1, 1])),
         Policy(budgets=["many"]),
     ],
 )
@@ -216,13 +219,21 @@ def test_a_policy_cannot_exceed_the_limit():
     assert metrics.failures == {"malformed_tree": 1}  # two nodes where one fits
 
 
-def test_trimming_keeps_the_likeliest_nodes():
+def test_trimming_keeps_the_chosen_nodes():
     tree = DraftTree([1, 2, 3], [-1, -1, 1], [0.3, 0.6, 0.9])
-    policy = Policy(keep=[2])
+    policy = Policy(keep=np.array([False, True, True]))
     made, _ = drafter({"a": tree}, policy)
     (kept,) = made.draft([request("a")])
     assert kept.tokens.tolist() == [2, 3]
-    np.testing.assert_allclose(policy.seen.survival[0], [0.6, 0.54, 0.3], rtol=1e-6)
+    np.testing.assert_allclose(policy.seen.survival, [0.3, 0.6, 0.54], rtol=1e-6)
+    assert policy.seen.off_chain.tolist() == [True, False, False]
+
+
+def test_a_choice_that_leaves_out_a_parent_is_refused():
+    tree = DraftTree.chain([1, 2])
+    made, metrics = drafter({"a": tree}, Policy(keep=np.array([False, True])))
+    assert tokens(made.draft([request("a")])) == [[]]
+    assert metrics.failures == {"policy_error": 1}
 
 
 def test_depth_limit_and_chain_only():
@@ -239,7 +250,7 @@ def test_depth_limit_and_chain_only():
 def test_release_and_observe_may_fail_too():
     made, metrics = drafter({})
     made.release(["a"])
-    made.observe(None)
+    made.observe(None, None)
     assert metrics.failures == {"proposer_error": 1, "policy_error": 1}
     assert made.draft([]) == []
     assert DraftTree([], []) == EMPTY_TREE

@@ -41,7 +41,7 @@ def speculate(
     proposer: str = "suffix",
     *,
     scorer: str = "exact",
-    policy: str = "fixed",
+    policy: str = "goodput",
     max_nodes: int = 16,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:

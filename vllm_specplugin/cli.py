@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vllm_specplugin import __version__
 from vllm_specplugin.config import ROLES
-from vllm_specplugin.errors import SpecPluginError
+from vllm_specplugin.errors import ConfigError, SpecPluginError, complain
 
 __all__ = ["main"]
 
@@ -51,7 +53,56 @@ def _parser() -> argparse.ArgumentParser:
         "--max-tokens", type=int, default=48, help="tokens per request (default: 48)"
     )
     demo.set_defaults(run=_demo)
+    _add_replay(commands)
+    _add_tune(commands)
     return parser
+
+
+def _add_replay(commands: Any) -> None:
+    replay = commands.add_parser(
+        "replay", help="run policies on traces written with --spec-trace"
+    )
+    replay.add_argument("traces", nargs="+", type=Path, metavar="TRACE")
+    replay.add_argument(
+        "--policy",
+        action="append",
+        metavar="NAME[:JSON]",
+        help="repeat to compare (default: fixed with 2, 4, 8 and 16 nodes, goodput)",
+    )
+    replay.add_argument(
+        "--batch", type=int, help="requests at a time (default: as recorded)"
+    )
+    replay.add_argument("--seed", type=int, default=0, help="of the noise of steps")
+    replay.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw nodes by step (.svg, .png)"
+    )
+    replay.set_defaults(run=_replay)
+
+
+def _add_tune(commands: Any) -> None:
+    tune = commands.add_parser(
+        "tune", help="measure this machine on your prompts and print the best flags"
+    )
+    tune.add_argument("--model", required=True, help="hub id or path")
+    tune.add_argument(
+        "--prompts",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help='one per line; .jsonl: strings or objects with "prompt"',
+    )
+    tune.add_argument("--proposer", default="suffix", help="default: suffix")
+    tune.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    tune.add_argument("--max-tokens", type=int, default=64, help="per request")
+    tune.add_argument("--max-nodes", type=int, default=32, help="largest tried")
+    tune.add_argument("--temperature", type=float, default=0.0)
+    tune.add_argument(
+        "--engine", default="{}", metavar="JSON", help="further arguments of vllm.LLM"
+    )
+    tune.add_argument(
+        "--out", type=Path, default=Path("tuning"), help="folder for plot and figures"
+    )
+    tune.set_defaults(run=_tune)
 
 
 def _list(_: argparse.Namespace) -> int:
@@ -81,6 +132,42 @@ def _demo(args: argparse.Namespace) -> int:
     from vllm_specplugin.demo.run import demo
 
     return demo(rounds=args.rounds, max_tokens=args.max_tokens, json_path=args.json)
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from vllm_specplugin.tune import replay_command
+
+    usual = [f'fixed:{{"nodes": {n}}}' for n in (2, 4, 8, 16)]
+    return replay_command(
+        args.traces,
+        args.policy or [*usual, "goodput"],
+        batch=args.batch,
+        seed=args.seed,
+        plot=args.plot,
+    )
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from vllm_specplugin.tune import tune_command
+
+    try:
+        engine = json.loads(args.engine)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            complain(f"--engine {args.engine!r} ({error})", "JSON",
+                     """quote it: --engine '{"dtype": "float32"}'""")
+        ) from error  # fmt: skip
+    return tune_command(
+        args.model,
+        args.prompts,
+        proposer=args.proposer,
+        batches=args.batch,
+        max_tokens=args.max_tokens,
+        max_nodes=args.max_nodes,
+        temperature=args.temperature,
+        engine=engine,
+        out=args.out,
+    )
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ class SpecConfig:
 
     proposer: str = option("suffix", "what drafts")
     scorer: str = option("exact", "what decides acceptance")
-    policy: str = option("fixed", "how much to draft, for whom")
+    policy: str = option("goodput", "how much to draft, for whom")
     max_nodes: int = option(
         16, "most draft tokens per request and step", low=1, high=MAX_NODES
     )
@@ -161,6 +161,8 @@ class SpecConfig:
     request_scorers: Sequence[str] | None = None
     """Scorers that requests may choose; ``None`` for all lossless ones. Beside
     these, always the default ``scorer``."""
+    trace: str = option("", "file to write a trace of drafts and steps to")
+    trace_limit_mb: float = option(256.0, "most megabytes of a trace", low=0.001)
     options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     @classmethod

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from vllm_specplugin.calibration import Calibration
 from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.draft import EMPTY_TREE, DraftTree
 from vllm_specplugin.errors import DraftTreeError, complain
+from vllm_specplugin.forest import Drafted, Forest
 from vllm_specplugin.interfaces import (
     BudgetContext,
     EngineInfo,
@@ -26,6 +32,7 @@ from vllm_specplugin.interfaces import (
     TrimContext,
 )
 from vllm_specplugin.metrics import SpecMetrics
+from vllm_specplugin.trace import TraceWriter
 
 __all__ = ["DraftRequest", "Drafter"]
 
@@ -34,14 +41,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftRequest:
-    """A request that may draft. ``view.max_nodes`` is its upper limit."""
+    """A request that goes on after this step."""
 
     view: Callable[[int], RequestView]
     """Makes the proposer's view, given the nodes allowed."""
     req_id: str
     limit: int
+    """Most nodes it may draft; 0 for one that cannot."""
     num_tokens: int
-    options: dict[str, object]
+    greedy: bool
+    options: Mapping[str, Any]
+    floor: int = 0
+    """Nodes it asked for at least."""
     chain_only: bool = False
 
 
@@ -80,36 +91,104 @@ class Drafter:
         self._clock = clock
         self._failures_in_row = 0
         self._logged: set[str] = set()
+        self._last: Drafted | None = None
+        self.calibration = Calibration()
+        self.trace: TraceWriter | None = None
+        self._sampled: dict[str, bool] = {}
         self.enabled = True
+        self.draft_requests = 0
+        """Requests of the last call of the proposer; 0 if it was not called."""
+        self.draft_seconds = 0.0
 
     def draft(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
         """One tree per request, each with its best chain in front."""
         trees = [EMPTY_TREE] * len(requests)
+        self._last = None
+        self.draft_requests, self.draft_seconds = 0, 0.0
         if not requests or not self.enabled:
             return trees
+        if self.trace is not None:
+            self._sampled = {r.req_id: not r.greedy for r in requests}
         budgets = self._budgets(requests)
         wanted = [i for i, n in enumerate(budgets) if n > 0]
         if not wanted:
             return trees
         views = [requests[i].view(budgets[i]) for i in wanted]
-        drafted = self._propose(views)
-        for i, tree in zip(wanted, drafted):
+        for i, tree in zip(wanted, self._propose(views)):
             trees[i] = tree.best_chain() if requests[i].chain_only else tree
-        return [tree.chain_first() for tree in self._trim(requests, trees)]
+        last = self._last = _remember(requests, wanted, Forest.of(trees))
+        return self._trim(requests, last) if len(last.forest) else trees
 
     def release(self, req_ids: Sequence[str]) -> None:
-        """Tells the proposer that requests are gone."""
-        try:
-            self._proposer.release(req_ids)
-        except Exception as error:
-            self._failed("proposer_error", error)
+        """Tells proposer and policy that requests are gone."""
+        self.calibration.release(req_ids)
+        for kind, part in (
+            ("proposer_error", self._proposer), ("policy_error", self._policy)
+        ):  # fmt: skip
+            try:
+                if (release := getattr(part, "release", None)) is not None:
+                    release(req_ids)
+            except Exception as error:
+                self._failed(kind, error)
 
-    def observe(self, outcome: StepOutcome) -> None:
-        """Tells the policy what became of a step."""
+    def observe(self, outcome: StepOutcome, emitted: npt.NDArray[np.integer]) -> None:
+        """Learns what became of a step.
+
+        Args:
+            outcome: for the policy.
+            emitted: ``[requests, width]`` tokens of the requests of
+                ``outcome``, padded with -1.
+        """
+        last, self._last = self._last, None
         try:
+            if last is not None:
+                foreseen = self._calibrate(last, outcome, emitted)
+                outcome = replace(outcome, foreseen=foreseen)
             self._policy.observe(outcome)
         except Exception as error:
             self._failed("policy_error", error)
+        if self.trace is not None:
+            self.trace.step(outcome, emitted, self._sampled, last)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Plain data: how good estimates are, and what the policy tells."""
+        told: Mapping[str, Any] = {}
+        try:
+            if (tell := getattr(self._policy, "snapshot", None)) is not None:
+                told = tell()
+        except Exception as error:
+            self._failed("policy_error", error)
+        return {"estimates": self.calibration.snapshot(), "policy": dict(told)}
+
+    def _calibrate(
+        self,
+        last: Drafted,
+        outcome: StepOutcome,
+        emitted: npt.NDArray[np.integer],
+    ) -> list[int]:
+        """Learns from what was drafted, and says how far it was right."""
+        trees = len(last.forest.starts) - 1
+        text = np.full((trees, emitted.shape[1]), -1, dtype=np.int64)
+        for i, (req_id, end) in enumerate(zip(outcome.req_ids, outcome.num_tokens)):
+            tree = last.place.get(req_id)
+            if tree is not None and last.ends[tree] == end:
+                text[tree] = emitted[i]
+        labels = last.forest.follow(text)
+        owner = last.forest.owner[labels.nodes]
+        self.calibration.observe(
+            last.forest.estimates[labels.nodes],
+            last.forest.depths[labels.nodes],
+            last.sampled[labels.nodes],
+            labels.hits,
+            owner,
+            list(last.place),
+        )
+        right = np.bincount(owner[labels.hits], minlength=trees)
+        found = [last.place.get(req_id) for req_id in outcome.req_ids]
+        return [
+            accepted if tree is None else max(accepted, int(right[tree]))
+            for tree, accepted in zip(found, outcome.accepted)
+        ]
 
     def _budgets(self, requests: Sequence[DraftRequest]) -> list[int]:
         ctx = BudgetContext(
@@ -148,6 +227,7 @@ class Drafter:
                 else self._lost(views, error)
             )
         seconds = self._clock() - started
+        self.draft_requests, self.draft_seconds = len(views), seconds
         metrics.propose_calls += 1
         metrics.propose_seconds += seconds
         late = seconds * 1e3 > self._config.draft_timeout_ms
@@ -221,33 +301,49 @@ class Drafter:
                 checked.append(None)
         return checked
 
-    def _trim(
-        self, requests: Sequence[DraftRequest], trees: list[DraftTree]
-    ) -> list[DraftTree]:
-        drafting = [i for i, tree in enumerate(trees) if len(tree)]
-        if not drafting:
-            return trees
-        bests = [trees[i].best(len(trees[i])) for i in drafting]
+    def _trim(self, requests: Sequence[DraftRequest], last: Drafted) -> list[DraftTree]:
+        forest, req_ids = last.forest, list(last.place)
+        factors = self.calibration.factors(req_ids)
+        likely = forest.with_estimates(
+            self.calibration.apply(
+                forest.estimates, forest.depths, last.sampled, factors[forest.owner]
+            )
+        )
         ctx = TrimContext(
-            req_ids=[requests[i].req_id for i in drafting],
-            survival=[best.survival for best in bests],
+            req_ids=req_ids,
+            num_tokens=[r.num_tokens for r in requests],
+            floors=[r.floor for r in requests],
+            starts=likely.starts,
+            parents=likely.parents,
+            depths=likely.depths,
+            estimates=likely.estimates,
+            survival=likely.survival(),
+            off_chain=likely.off_chain(),
+            sampled=np.zeros(len(requests), dtype=np.bool_),
         )
         try:
-            keep = list(self._policy.trim(ctx))
-            if len(keep) != len(bests):
+            keep = np.asarray(self._policy.trim(ctx))
+            if keep.shape != (len(forest),) or keep.dtype != np.bool_:
                 raise ValueError(
                     complain(
-                        f"{len(keep)} counts",
-                        f"one for each of {len(bests)} trees",
-                        "return a count per tree, in order",
+                        f"a choice of shape {keep.shape} and type {keep.dtype}",
+                        f"a boolean for each of {len(forest)} nodes",
+                        "return a mask over the nodes",
                     )
                 )
-            for i, best, n in zip(drafting, bests, keep):
-                trees[i] = best.prefix(max(0, int(n)))
+            if not likely.closed(keep):
+                raise ValueError(
+                    complain(
+                        "a kept node whose parent is not kept",
+                        "a choice closed under taking parents",
+                        "choose by survival, or check the parents",
+                    )
+                )
         except Exception as error:
             self._failed("policy_error", error)
-            return [EMPTY_TREE] * len(trees)
-        return trees
+            return [EMPTY_TREE] * len(requests)
+        last.kept[:] = keep
+        return likely.pick(keep)
 
     def _failed(self, kind: str, error: Exception) -> None:
         self._metrics.failures[kind] += 1
@@ -269,6 +365,21 @@ class Drafter:
                 kind,
                 cause,
             )
+
+
+def _remember(
+    requests: Sequence[DraftRequest], wanted: Sequence[int], forest: Forest
+) -> Drafted:
+    asked = np.zeros(len(requests), dtype=np.bool_)
+    asked[wanted] = True
+    return Drafted(
+        forest=forest,
+        place={request.req_id: i for i, request in enumerate(requests)},
+        asked=asked,
+        sampled=np.array([not r.greedy for r in requests])[forest.owner],
+        ends=np.array([r.num_tokens for r in requests], dtype=np.int64),
+        kept=np.zeros(len(forest), dtype=np.bool_),
+    )
 
 
 def _no_deeper(tree: DraftTree, max_depth: int) -> DraftTree:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from vllm_specplugin.draft import MAX_NODES
+
+if TYPE_CHECKING:
+    from vllm_specplugin.interfaces import ScoreResult
 
 __all__ = ["SpecMetrics"]
 
@@ -61,6 +67,14 @@ class SpecMetrics:
             self.accepted += accepted
             for depth in range(accepted):
                 self.accepted_by_depth[depth] += 1
+
+    def observe_lenience(
+        self, result: ScoreResult, sampled: npt.NDArray[np.bool_]
+    ) -> None:
+        """Adds what a step's lossy rules let pass, of requests that emitted."""
+        if result.relaxed is not None:
+            self.emitted_by_relaxation += int(result.relaxed[sampled].sum())
+            self.guarded.update(result.guarded or {})
 
     def snapshot(self) -> dict[str, Any]:
         """Plain data, for RPC and JSON."""

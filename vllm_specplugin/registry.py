@@ -146,5 +146,13 @@ SCORERS = Registry(
 POLICIES = Registry(
     "policy",
     "vllm_specplugin.policies",
-    {"fixed": "vllm_specplugin.policies.fixed:FixedPolicy"},
+    {
+        "aimd": "vllm_specplugin.policies.aimd:AimdPolicy",
+        "bandit": "vllm_specplugin.policies.bandit:BanditPolicy",
+        "batch_size": "vllm_specplugin.policies.batch_size:BatchSizePolicy",
+        "confidence": "vllm_specplugin.policies.confidence:ConfidencePolicy",
+        "fixed": "vllm_specplugin.policies.fixed:FixedPolicy",
+        "goodput": "vllm_specplugin.policies.goodput:GoodputPolicy",
+        "shadow": "vllm_specplugin.policies.shadow:ShadowPolicy",
+    },
 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from vllm_specplugin import POLICIES, PROPOSERS, SCORERS, DraftTree
 from vllm_specplugin.config import SpecConfig, build
+from vllm_specplugin.forest import Forest
 from vllm_specplugin.interfaces import (
     BudgetContext,
     EngineInfo,
@@ -134,22 +137,107 @@ def test_scorers_emit_at_least_one_token_of_the_vocabulary(name):
         assert (layout.tokens[rows[1:]] == emitted[: length - 1]).all()
 
 
+def outcome(req_ids, *, drafted=2, accepted=1, seconds=0.01) -> StepOutcome:
+    n = len(req_ids)
+    return StepOutcome(
+        req_ids=req_ids,
+        num_tokens=[5] * n,
+        drafted=[drafted] * n,
+        deepest=[drafted] * n,
+        accepted=[accepted] * n,
+        foreseen=[accepted] * n,
+        masked=0,
+        prompt_tokens=0,
+        seconds=seconds,
+        gap_seconds=0.0,
+        draft_requests=n,
+        draft_seconds=0.0001,
+    )
+
+
+def trimmed(policy, trees, *, sampled=False, floors=None) -> np.ndarray:
+    forest = Forest.of(trees)
+    names = [str(i) for i in range(len(trees))]
+    keep = policy.trim(
+        TrimContext(
+            req_ids=names,
+            num_tokens=[5] * len(trees),
+            floors=floors or [0] * len(trees),
+            starts=forest.starts,
+            parents=forest.parents,
+            depths=forest.depths,
+            estimates=forest.estimates,
+            survival=forest.survival(),
+            off_chain=forest.off_chain(),
+            sampled=np.full(len(trees), sampled),
+        )
+    )
+    assert keep.shape == (len(forest),) and keep.dtype == np.bool_
+    assert forest.closed(keep)
+    return keep
+
+
+def budgets(policy, limits) -> list[int]:
+    n = len(limits)
+    names = [str(i) for i in range(n)]
+    return list(
+        policy.budget(
+            BudgetContext(
+                req_ids=names, limits=limits, num_tokens=[5] * n, options=[{}] * n
+            )
+        )
+    )
+
+
+def random_tree(rng, most=10) -> DraftTree:
+    n = int(rng.integers(0, most))
+    parents = [int(rng.integers(-1, i)) for i in range(n)]
+    return DraftTree(rng.integers(0, 30, n), parents, rng.random(n))
+
+
 @pytest.mark.parametrize("name", POLICIES.names())
 def test_policies_answer_for_every_request(name):
     policy = make("policy", name)
     assert isinstance(policy, LengthPolicy)
-    limits = [16, 3, 0]
-    budgets = policy.budget(
-        BudgetContext(
-            req_ids=["a", "b", "c"],
-            limits=limits,
-            num_tokens=[5, 5, 5],
-            options=[{}, {}, {}],
-        )
-    )
-    assert len(budgets) == 3
-    assert all(0 <= b <= limit for b, limit in zip(budgets, limits))
-    survival = [np.array([0.9, 0.5], dtype=np.float32), np.array([0.1], np.float32)]
-    kept = policy.trim(TrimContext(req_ids=["a", "b"], survival=survival))
-    assert len(kept) == 2
-    policy.observe(StepOutcome(req_ids=["a"], drafted=[2], accepted=[1], seconds=0.01))
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        limits = [16, 3, 0]
+        given = budgets(policy, limits)
+        assert len(given) == 3
+        assert all(0 <= b <= limit for b, limit in zip(given, limits))
+        trimmed(policy, [random_tree(rng) for _ in range(3)])
+        policy.observe(outcome(["0", "1"], drafted=int(rng.integers(0, 3))))
+    if hasattr(policy, "release"):
+        policy.release(["0", "never seen"])
+    if hasattr(policy, "snapshot"):
+        json.dumps(policy.snapshot())
+
+
+@pytest.mark.parametrize("name", POLICIES.names())
+def test_policies_do_not_look_at_the_token_they_decide_on(name):
+    """The value of a sampled token shows in what the draft says *after* it.
+    Whatever that is, whether the token itself is kept must not change."""
+    rng = np.random.default_rng(2)
+    changed = 0
+    for _ in range(300):
+        others = [random_tree(rng, 6), random_tree(rng, 6)]
+        tree = random_tree(rng)
+        if not len(tree):
+            continue
+        node = int(rng.integers(len(tree)))
+        below = tree.ancestor_mask()[:, node].copy()
+        below[node] = False
+        estimates = tree.estimates.copy()
+        estimates[below] = rng.random(int(below.sum()))
+        other_value = DraftTree(tree.tokens, tree.parents, estimates)
+        kept = []
+        for variant in (tree, other_value):
+            policy = make("policy", name)
+            budgets(policy, [16, 16, 16])
+            for _ in range(6):
+                policy.observe(outcome(["0", "1", "2"], seconds=0.02))
+            keep = trimmed(policy, [others[0], variant, others[1]], sampled=True)
+            kept.append(bool(keep[len(others[0]) + node]))
+            changed += int(below.any())
+        assert kept[0] == kept[1]
+    assert changed

@@ -120,6 +120,7 @@ def start(name: str, speculate: dict[str, Any] | None, **engine: Any) -> Engine:
 
 SWITCH = {
     "proposer": "spec_proposers:Switch",
+    "policy": "fixed",  # the trees that a test wants are all verified
     "max_nodes": MAX_NODES,
     "options": {
         "draft_timeout_ms": 150.0,

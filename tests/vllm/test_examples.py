@@ -93,7 +93,7 @@ def server() -> Iterator[str]:
             os.killpg(process.pid, signal.SIGKILL)
     started = [line for line in log.read_text().splitlines() if "is active on" in line]
     assert len(started) == 1
-    assert "proposer=suffix scorer=exact policy=fixed max_nodes=16" in started[0]
+    assert "proposer=suffix scorer=exact policy=goodput max_nodes=16" in started[0]
     assert "(draft trees)" in started[0]
 
 

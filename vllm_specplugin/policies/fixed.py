@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from vllm_specplugin.config import option
 from vllm_specplugin.interfaces import (
@@ -14,6 +15,7 @@ from vllm_specplugin.interfaces import (
     StepOutcome,
     TrimContext,
 )
+from vllm_specplugin.policies._selection import likeliest
 
 __all__ = ["FixedPolicy"]
 
@@ -22,8 +24,7 @@ class FixedPolicy:
     """Each request may verify ``min(nodes, limit)`` nodes.
 
     ``step_nodes`` bounds the sum over the batch as well: the nodes most likely
-    to survive, over all requests, are kept (TETRIS, 2502.15197). Survival never
-    grows along a path, so the kept nodes of a request form a tree.
+    to survive, over all requests, are kept (TETRIS, 2502.15197).
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -40,14 +41,8 @@ class FixedPolicy:
     def budget(self, ctx: BudgetContext) -> Sequence[int]:
         return [min(self._nodes, limit) for limit in ctx.limits]
 
-    def trim(self, ctx: TrimContext) -> Sequence[int]:
-        sizes = [len(survival) for survival in ctx.survival]
-        if not self._step_nodes or sum(sizes) <= self._step_nodes:
-            return sizes
-        owner = np.repeat(np.arange(len(sizes)), sizes)
-        order = np.argsort(-np.concatenate(ctx.survival), kind="stable")
-        kept = owner[order[: self._step_nodes]]
-        return [int(n) for n in np.bincount(kept, minlength=len(sizes))]
+    def trim(self, ctx: TrimContext) -> npt.NDArray[np.bool_]:
+        return likeliest(ctx.survival, self._step_nodes or len(ctx.survival))
 
     def observe(self, outcome: StepOutcome) -> None:
         """Nothing to learn."""

@@ -79,7 +79,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--spec-policy",
         metavar="NAME",
         default=None,
-        help="How much is drafted, for whom. Default: fixed.",
+        help="How much is drafted, for whom. Default: goodput.",
     )
     group.add_argument(
         "--spec-max-nodes",
@@ -87,6 +87,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=None,
         help="Most draft tokens per request and step. Default: 16.",
+    )
+    group.add_argument(
+        "--spec-trace",
+        metavar="FILE",
+        default=None,
+        help="Write a trace of drafts and steps, for `specplugin replay`.",
     )
     group.add_argument(
         "--spec-options",
@@ -104,7 +110,7 @@ def apply_flags(args: argparse.Namespace) -> argparse.Namespace:
         ConfigError: a value is wrong, flags of the plugin are given without
             ``--spec-proposer``, or they contradict flags of vLLM.
     """
-    names = ("proposer", "scorer", "policy", "max_nodes", "options")
+    names = ("proposer", "scorer", "policy", "max_nodes", "trace", "options")
     given: dict[str, Any] = {
         name: value
         for name in names
@@ -142,9 +148,9 @@ def apply_flags(args: argparse.Namespace) -> argparse.Namespace:
     arguments = engine_arguments(
         proposer=given["proposer"],
         scorer=given.get("scorer", "exact"),
-        policy=given.get("policy", "fixed"),
+        policy=given.get("policy", "goodput"),
         max_nodes=given.get("max_nodes", 16),
-        options=_parse_json(given.get("options", "{}")),
+        options=_with_trace(_parse_json(given.get("options", "{}")), given),
     )
     own = arguments.pop("additional_config")
     args = argparse.Namespace(**vars(args))
@@ -152,6 +158,12 @@ def apply_flags(args: argparse.Namespace) -> argparse.Namespace:
     for name, value in arguments.items():
         setattr(args, name, value)
     return args
+
+
+def _with_trace(options: Any, given: Mapping[str, Any]) -> Any:
+    if "trace" in given and isinstance(options, Mapping):
+        return {**options, "trace": given["trace"]}
+    return options
 
 
 def _parse_json(text: Any) -> Any:

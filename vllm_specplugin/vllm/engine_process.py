@@ -8,8 +8,8 @@ The answers go to the original standard output; whatever vLLM prints goes to
 standard error.
 
 Settings: ``{"model", "engine": {LLM arguments}, "speculate": {...} or null,
-"mend": bool}``. Commands: ``{"do": "run", "prompts": [[ids]], "params":
-[{sampling parameters}]}``, ``{"do": "stats"}``, ``{"do": "reset"}``.
+"mend": bool}``. Commands: ``{"do": "run", "prompts": [text or [ids]], "params":
+[{sampling parameters}]}``, ``{"do": "stats"}``, ``{"do": "reset", "changes": {...}}``.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ def build_llm(settings: Mapping[str, Any]) -> Any:
 def run(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
     """Generates for all prompts at once and times it."""
     params = [_sampling_params(**p) for p in request["params"]]
-    prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+    prompts = [
+        prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+        for prompt in request["prompts"]
+    ]
     before = _spec_counters(llm)
     started = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -100,9 +103,10 @@ def stats(llm: Any, _: dict[str, Any]) -> Any:
     return llm.collective_rpc("specplugin_stats")[0]
 
 
-def reset(llm: Any, _: dict[str, Any]) -> Any:
-    """Forgets what the proposer and the policy learnt."""
-    return llm.collective_rpc("specplugin_reset")[0]
+def reset(llm: Any, request: dict[str, Any]) -> Any:
+    """Forgets what the proposer and the policy learnt, and changes settings."""
+    changes = request.get("changes")
+    return llm.collective_rpc("specplugin_reset", args=(changes,))[0]
 
 
 COMMANDS: Mapping[str, Command] = {"run": run, "stats": stats, "reset": reset}

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +35,6 @@ from vllm_specplugin.draft import DraftTree
 from vllm_specplugin.draft_probs import DraftProbs, batch_probs
 from vllm_specplugin.drafting import Drafter, DraftRequest
 from vllm_specplugin.interfaces import (
-    EngineInfo,
     RequestView,
     ScoreBatch,
     ScoreResult,
@@ -45,7 +45,9 @@ from vllm_specplugin.metrics import SpecMetrics
 from vllm_specplugin.noise import request_seed
 from vllm_specplugin.scorers.exact import ExactScorer
 from vllm_specplugin.scoring import RequestScorer
+from vllm_specplugin.trace import TraceWriter
 from vllm_specplugin.vllm.cache_layout import prepare_layers
+from vllm_specplugin.vllm.engine_info import describe_engine
 from vllm_specplugin.vllm.kv_compaction import compact
 from vllm_specplugin.vllm.logits import gather_logprobs, process_logits
 from vllm_specplugin.vllm.tree_attention.backend import PLAN_ATTRIBUTE
@@ -61,6 +63,7 @@ class _Step(NamedTuple):
 
     layout: StepLayout
     plan: TreeAttentionPlan | None
+    num_tokens: int
     started: float
 
 
@@ -69,12 +72,7 @@ class SpecState:
 
     def __init__(self, config: SpecConfig, runner: Any) -> None:
         self.config = config
-        self.engine = EngineInfo(
-            vocab_size=runner.input_batch.vocab_size,
-            max_model_len=runner.max_model_len,
-            max_num_seqs=runner.max_num_reqs,
-            max_nodes=runner.num_spec_tokens,
-        )
+        self.engine = describe_engine(runner)
         self.metrics = SpecMetrics()
         self.scorer = RequestScorer(config, self.engine)
         self.fallback_scorer = ExactScorer(None, self.engine)
@@ -86,12 +84,23 @@ class SpecState:
             self.metrics,
             drop_late=runner.parallel_config.tensor_parallel_size == 1,
         )
+        if config.trace and runner.parallel_config.rank == 0:
+            self.drafter.trace = TraceWriter(
+                Path(config.trace), config.trace_limit_mb, config.to_dict(), self.engine
+            )
         self.trees: dict[str, DraftTree] = {}
         """Drafts handed to the scheduler after the last step."""
         self.seeds: dict[str, int] = {}
         self.admitted = 0
         self.step: _Step | None = None
+        self.idle_since = time.perf_counter()
+        """End of the last drafting."""
         self.why_chains: str | None = "the KV cache is not allocated yet"
+
+    def close(self) -> None:
+        """Ends the trace, if one is written."""
+        if self.drafter.trace is not None:
+            self.drafter.trace.close()
 
 
 class TreeRunnerV1:
@@ -178,7 +187,7 @@ class TreeRunnerV1:
                 rows,
                 device,
             )
-        self.spec.step = _Step(layout, plan, started)
+        self.spec.step = _Step(layout, plan, int(num_scheduled_tokens.sum()), started)
         return prepared
 
     def _lay_out(self, scheduler_output: Any, num_scheduled_tokens: Any) -> StepLayout:
@@ -243,7 +252,7 @@ class TreeRunnerV1:
         if step.plan is not None:
             moves = layout.moves(result.rows, result.lengths)
             spec.metrics.kv_rows_moved += compact(self, step.plan, moves)
-        self._count(result, layout, step.started)
+        self._count(result, step)
         spec.step = None
         return SamplerOutput(
             sampled_token_ids=torch.from_numpy(result.tokens).to(logits.device),
@@ -273,26 +282,38 @@ class TreeRunnerV1:
                 )
             return self.spec.fallback_scorer.score(batch)
 
-    def _count(self, result: ScoreResult, layout: StepLayout, started: float) -> None:
-        metrics = self.spec.metrics
+    def _count(self, result: ScoreResult, step: _Step) -> None:
+        metrics, layout = self.spec.metrics, step.layout
         sampled = ~self.discard_request_mask.np[: len(layout.trees)]
-        drafted = layout.counts - 1
-        accepted = result.lengths - 1
-        for i in np.flatnonzero(sampled).tolist():
-            metrics.observe(int(drafted[i]), int(accepted[i]), int(accepted[i]) + 1)
-        if result.relaxed is not None:
-            metrics.emitted_by_relaxation += int(result.relaxed[sampled].sum())
-            metrics.guarded.update(result.guarded or {})
+        emitting = np.flatnonzero(sampled).tolist()
+        drafted = (layout.counts - 1).tolist()
+        accepted = (result.lengths - 1).tolist()
+        for i in emitting:
+            metrics.observe(drafted[i], accepted[i], accepted[i] + 1)
+        metrics.observe_lenience(result, sampled)
         metrics.steps += 1
         metrics.steps_without_drafts += not layout.has_drafts
         metrics.tree_requests += len(layout.branching)
-        self.spec.drafter.observe(
+        if not emitting:
+            return
+        spec, req_ids = self.spec, self.input_batch.req_ids
+        now = time.perf_counter()
+        spec.drafter.observe(
             StepOutcome(
-                req_ids=self.input_batch.req_ids,
-                drafted=drafted.tolist(),
-                accepted=accepted.tolist(),
-                seconds=time.perf_counter() - started,
-            )
+                req_ids=[req_ids[i] for i in emitting],
+                num_tokens=[layout.root_positions[i] + 1 for i in emitting],
+                drafted=[drafted[i] for i in emitting],
+                deepest=[layout.trees[i].max_depth for i in emitting],
+                accepted=[accepted[i] for i in emitting],
+                foreseen=[accepted[i] for i in emitting],
+                masked=0 if step.plan is None else len(step.plan.rows.query),
+                prompt_tokens=step.num_tokens - sum(drafted) - len(emitting),
+                seconds=now - step.started,
+                gap_seconds=step.started - spec.idle_since,
+                draft_requests=spec.drafter.draft_requests,
+                draft_seconds=spec.drafter.draft_seconds,
+            ),
+            result.tokens[emitting],
         )
 
     # ---------------------------------------------------------- drafting
@@ -319,6 +340,7 @@ class TreeRunnerV1:
             if len(tree):
                 spec.trees[self.input_batch.req_ids[index]] = tree
                 drafts[index] = tree.tokens.tolist()
+        spec.idle_since = time.perf_counter()
         return drafts
 
     def _draft_request(self, index: int) -> DraftRequest | None:
@@ -326,14 +348,18 @@ class TreeRunnerV1:
         req_id = batch.req_ids[index]
         state = self.requests[req_id]
         params = state.sampling_params
-        if params.thinking_token_budget is not None or state.prompt_embeds is not None:
-            return None
         num_tokens = int(batch.num_tokens_no_spec[index])
         room = self.max_model_len - num_tokens - 1
         left = params.max_tokens - len(state.output_token_ids) - 1
+        if room < 0 or left < 0:
+            return None  # it has emitted its last token
         limit, depth = min(spec.engine.max_nodes, room), min(room, left)
-        if limit < 1 or depth < 1:
-            return None
+        if (
+            depth < 1
+            or params.thinking_token_budget is not None
+            or state.prompt_embeds is not None
+        ):
+            limit = 0
         options = params.extra_args or {}
 
         def view(nodes: int) -> RequestView:
@@ -355,6 +381,7 @@ class TreeRunnerV1:
             req_id=req_id,
             limit=limit,
             num_tokens=num_tokens,
+            greedy=params.temperature < 1e-5,
             options=options,
             # The grammar is advanced along a flat list of tokens.
             chain_only=spec.why_chains is not None

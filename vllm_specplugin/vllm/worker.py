@@ -7,6 +7,7 @@ engine with one message if any part of the plugin cannot be activated.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -38,19 +39,36 @@ class SpecWorkerMixin:
         logger.info(describe(self.model_runner))  # type: ignore[attr-defined]
         return result
 
+    def shutdown(self) -> None:
+        if (spec := getattr(self.model_runner, "spec", None)) is not None:  # type: ignore[attr-defined]
+            spec.close()
+        super().shutdown()  # type: ignore[misc]
+
     def specplugin_stats(self) -> dict[str, Any]:
         """Counters since start; for ``collective_rpc("specplugin_stats")``."""
         spec = self.model_runner.spec  # type: ignore[attr-defined]
-        return spec.metrics.snapshot() | {"chains_only": spec.why_chains}  # type: ignore[no-any-return]
+        return {  # plain data only: it travels between processes
+            **spec.metrics.snapshot(),
+            **spec.drafter.snapshot(),
+            "chains_only": spec.why_chains,
+        }
 
-    def specplugin_reset(self) -> None:
+    def specplugin_reset(self, changes: Mapping[str, Any] | None = None) -> None:
         """Starts over with a fresh proposer, policy and counters, as after a
-        restart; for measurements. Drafts in flight are forgotten."""
+        restart; for measurements. Drafts in flight are forgotten.
+
+        Args:
+            changes: settings of the plugin to change from now on, as in
+                :class:`~vllm_specplugin.config.SpecConfig`; ``max_nodes`` may
+                only shrink below what the engine was started with.
+        """
         from vllm_specplugin.vllm.runner_v1 import SpecState
 
         runner = self.model_runner  # type: ignore[attr-defined]
         old = runner.spec
-        runner.spec = SpecState(old.config, runner)
+        old.close()
+        config = SpecConfig.from_dict({**old.config.to_dict(), **(changes or {})})
+        runner.spec = SpecState(config, runner)
         runner.spec.why_chains = old.why_chains
         runner.spec.seeds, runner.spec.admitted = old.seeds, old.admitted
 

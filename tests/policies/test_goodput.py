@@ -1,0 +1,214 @@
+"""The policy ``goodput`` in an engine made of one formula."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+from vllm_specplugin import DraftTree
+from vllm_specplugin.config import SpecConfig
+from vllm_specplugin.drafting import Drafter, DraftRequest
+from vllm_specplugin.interfaces import EngineInfo, RequestView, StepOutcome
+from vllm_specplugin.metrics import SpecMetrics
+from vllm_specplugin.policies.goodput import GoodputPolicy
+
+from .support import ENGINE, budget, chains, context, outcome
+
+
+def policy(engine=ENGINE, **options) -> GoodputPolicy:
+    return GoodputPolicy(GoodputPolicy.Config(**{"persist": False, **options}), engine)
+
+
+class Engine:
+    """Requests that draft chains; every token of them is right with
+    probability ``truth`` given the one before."""
+
+    def __init__(self, *, claim, truth, row_ms=1.0, depth=8, draft_ms=0.05, seed=0):
+        self.claim, self.truth, self.row_ms = claim, truth, row_ms
+        self.depth, self.draft_ms = depth, draft_ms
+        self.random = np.random.default_rng(seed)
+        self.now = 0.0
+        self.asked = 0
+        self.policy = policy()
+        config = SpecConfig(proposer="none")
+        self.drafter = Drafter(
+            self, self.policy, config, ENGINE, SpecMetrics(), clock=lambda: self.now
+        )
+        self.seconds: list[float] = []
+        self.nodes: list[int] = []
+        self.tokens: list[int] = []
+
+    def propose(self, ctx):
+        self.asked += len(ctx.requests)
+        self.now += self.draft_ms * 1e-3 * len(ctx.requests)
+        tree = DraftTree.chain(
+            list(range(1, self.depth + 1)), [self.claim] * self.depth
+        )
+        return [tree.best(request.max_nodes) for request in ctx.requests]
+
+    def release(self, req_ids):
+        pass
+
+    def run(self, requests, steps):
+        names = [str(i) for i in range(requests)]
+        for _ in range(steps):
+            trees = self.drafter.draft([self._request(name) for name in names])
+            drafting = self.drafter.draft_seconds
+            rows = requests + sum(map(len, trees))
+            seconds = (0.03 + self.row_ms * 1e-3 * rows) * self.random.lognormal(
+                0, 0.05
+            )
+            emitted = np.full((requests, self.depth + 1), -1)
+            accepted = []
+            for i, tree in enumerate(trees):
+                right = int(
+                    np.argmin(
+                        np.append(self.random.random(self.depth) < self.truth, False)
+                    )
+                )
+                taken = min(right, len(tree))
+                emitted[i, :taken] = np.arange(1, taken + 1)
+                emitted[i, taken] = taken + 1 if right > taken else 99
+                accepted.append(taken)
+            self.drafter.observe(
+                StepOutcome(
+                    req_ids=names,
+                    num_tokens=[10] * requests,
+                    drafted=[len(tree) for tree in trees],
+                    deepest=[tree.max_depth for tree in trees],
+                    accepted=accepted,
+                    foreseen=accepted,
+                    masked=0,
+                    prompt_tokens=0,
+                    seconds=seconds,
+                    gap_seconds=0.0,
+                    draft_requests=self.drafter.draft_requests,
+                    draft_seconds=drafting,
+                ),
+                emitted,
+            )
+            self.seconds.append(seconds + drafting)
+            self.nodes.append(sum(map(len, trees)))
+            self.tokens.append(requests + sum(accepted))
+
+    def _request(self, name):
+        def view(nodes):
+            return RequestView(
+                req_id=name, tokens=np.zeros(10, dtype=np.int32), num_prompt_tokens=5,
+                max_nodes=nodes, max_depth=64, temperature=1.0, top_k=0, top_p=1.0,
+                seed=0, options={},
+            )  # fmt: skip
+
+        return DraftRequest(
+            view=view, req_id=name, limit=32, num_tokens=10, greedy=False, options={}
+        )
+
+    def goodput(self, first, last=None):
+        """Tokens per second of the steps from ``first`` on."""
+        return sum(self.tokens[first:last]) / sum(self.seconds[first:last])
+
+
+def plain(requests, row_ms=1.0):
+    return requests / (0.03 + row_ms * 1e-3 * requests)
+
+
+@pytest.mark.parametrize("requests", [1, 8, 32])
+def test_confident_and_always_wrong_costs_next_to_nothing(requests):
+    engine = Engine(claim=0.97, truth=0.0)
+    engine.run(requests, 250)
+    assert engine.goodput(50) > 0.98 * plain(requests)
+
+
+def test_lucky_drafts_are_found_out_and_used():
+    engine = Engine(claim=0.12, truth=0.95, row_ms=3.0)
+    engine.run(1, 120)
+    assert engine.goodput(60) > 2.0 * plain(1, 3.0)
+    assert np.mean(engine.nodes[60:]) > 4
+
+
+def test_a_step_change_of_load_settles_and_does_not_swing():
+    engine = Engine(claim=0.5, truth=0.5, row_ms=3.0)
+    phases = [1, 32, 1]
+    for requests in phases:
+        engine.run(requests, 100)
+    alone, loaded, again = (
+        np.array(engine.nodes[i * 100 : (i + 1) * 100]) / n
+        for i, n in enumerate(phases)
+    )
+    # Alone nodes are cheap; 32 requests fill the machine by themselves.
+    assert alone[20:].mean() > 1.0
+    assert loaded[20:].mean() < 0.3
+    for part in (alone, loaded, again):
+        settled = np.median(part[50:])
+        assert abs(np.median(part[15:25]) - settled) <= 1
+        assert np.std(part[20:]) < 1.0
+    assert abs(alone[50:].mean() - again[50:].mean()) < 0.5
+
+
+def test_nodes_go_to_the_requests_they_pay_for():
+    made = policy()
+    for nodes in (0, 4, 8, 16) * 40:
+        made.observe(outcome([nodes // 2] * 2, [0, 0], 0.02 + 0.002 * nodes))
+    keep = made.trim(context(chains([0.95] * 8, [0.05] * 8)))
+    assert keep[:8].sum() >= 6 and not keep[8:].any()
+
+
+def test_floors_are_kept_and_limits_are_for_the_proposer():
+    made = policy()
+    for nodes in (0, 4, 8, 16) * 40:
+        made.observe(outcome([nodes], [0], 0.02 + 0.02 * nodes))
+    trees = chains([0.01] * 4)
+    assert not made.trim(context(trees)).any()
+    assert made.trim(context(trees, floors=[2])).tolist() == [True, True, False, False]
+    assert budget(made, [5, 0]) == [5, 0]
+
+
+def test_drafting_that_never_pays_stops_but_for_probes():
+    engine = Engine(claim=0.5, truth=0.02, draft_ms=3.0)
+    engine.run(4, 400)
+    late = engine.asked
+    engine.run(4, 400)
+    assert engine.asked - late < 0.1 * 400 * 4
+    assert engine.asked > late  # it still looks from time to time
+    # Things change, and that is noticed.
+    engine.truth = 0.9
+    engine.run(4, 300)
+    assert np.mean(engine.nodes[-50:]) > 4
+
+
+def test_cheap_drafting_goes_on_in_every_step():
+    engine = Engine(claim=0.5, truth=0.02, draft_ms=0.001)
+    engine.run(2, 200)
+    assert engine.asked == 2 * 200
+
+
+def test_nothing_is_verified_without_gain_but_now_and_then_to_measure():
+    engine = Engine(claim=0.05, truth=0.0, row_ms=3.0)
+    engine.run(1, 400)
+    assert 0 < sum(engine.nodes[100:]) <= 300 / 64 + 2
+
+
+def test_step_times_survive_a_restart(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("SPECPLUGIN_CACHE", str(tmp_path))
+    facts = {"vocab_size": 9, "max_model_len": 9, "max_num_seqs": 9, "max_nodes": 8}
+    known = EngineInfo(**facts, fingerprint="abc")
+    made = policy(known, persist=True)
+    for nodes in (0, 4, 8, 16) * 60:
+        made.observe(outcome([nodes], [0], 0.02 + 0.01 * nodes))
+    assert (tmp_path / "step_times" / "abc.json").is_file()
+    fresh = context(chains([0.3] * 4))
+    assert policy(known).trim(fresh).any()  # cold: presumed cheap
+    assert not policy(known, persist=True).trim(fresh).any()
+    # A disk that is full costs the file, nothing else.
+    made = policy(known, persist=True)
+
+    def full(**_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("vllm_specplugin.steptime.tempfile.mkstemp", full)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(450):
+            made.observe(outcome([0], [0], 0.02))
+    assert caplog.text.count("no space left") == 1

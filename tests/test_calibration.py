@@ -1,0 +1,78 @@
+"""Estimates that are wrong are put right, from few observations."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vllm_specplugin.calibration import Calibration
+
+
+def feed(made, claimed, truth, steps, *, sampled=True, depth=1, request="a", seed=0):
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        made.observe(
+            np.full(1, claimed), np.full(1, depth), np.full(1, sampled),
+            rng.random(1) < truth, np.zeros(1, dtype=int), [request],
+        )  # fmt: skip
+
+
+def applied(made, claimed, *, sampled=True, depth=1, request=None):
+    factor = made.factors([request]) if request else np.ones(1)
+    return float(made.apply(np.full(1, claimed), np.full(1, depth),
+                            np.full(1, sampled), factor)[0])  # fmt: skip
+
+
+def test_without_observations_estimates_stay_as_they_are():
+    made = Calibration()
+    for p in (0.03, 0.2, 0.5, 0.97):
+        assert abs(applied(made, p) - p) < 1e-9
+
+
+def test_confident_and_always_wrong_is_found_out():
+    made = Calibration()
+    feed(made, 0.97, 0.0, 20)
+    assert applied(made, 0.97) < 0.15
+    feed(made, 0.97, 0.0, 30)
+    assert applied(made, 0.97) < 0.06
+
+
+def test_modest_and_mostly_right_is_found_out_too():
+    made = Calibration()
+    feed(made, 0.15, 0.9, 60)
+    assert 0.8 < applied(made, 0.15) < 0.95
+
+
+def test_kinds_of_requests_are_kept_apart():
+    made = Calibration()
+    feed(made, 0.75, 0.1, 200, sampled=True)
+    assert applied(made, 0.75, sampled=True) < 0.25
+    assert applied(made, 0.75, sampled=False) == 0.75
+
+
+def test_depths_refine_what_is_known_of_all():
+    made = Calibration()
+    feed(made, 0.5, 0.9, 200, depth=1)
+    feed(made, 0.5, 0.2, 200, depth=5)
+    shallow, deep, unseen = (applied(made, 0.5, depth=d) for d in (1, 5, 12))
+    assert shallow > 0.8 and deep < 0.3
+    assert deep < unseen < shallow
+
+
+def test_a_request_harder_than_the_rest_is_known_as_such():
+    made = Calibration()
+    feed(made, 0.65, 0.7, 300, request="easy")
+    feed(made, 0.65, 0.1, 40, request="hard", seed=1)
+    assert applied(made, 0.65, request="hard") < 0.35
+    assert applied(made, 0.65, request="easy") > 0.5
+    made.release(["hard", "unknown"])
+    assert made.factors(["hard"])[0] == 1.0
+
+
+def test_the_error_reported_is_the_brier_score():
+    made = Calibration()
+    feed(made, 0.9, 0.3, 500)
+    seen = made.snapshot()
+    assert seen["observed"] == 500
+    # By the claim: .3*(.1)^2 + .7*(.9)^2 = .57; calibrated: .3*.7 = .21.
+    assert 0.5 < seen["brier_uncorrected"] < 0.64
+    assert 0.17 < seen["brier"] < 0.27

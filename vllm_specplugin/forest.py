@@ -1,0 +1,190 @@
+"""All trees of one step in flat arrays: what length policies look at.
+
+Policies decide for a whole batch at once, several hundred nodes between two
+steps of the engine, so they work on arrays and not on tree objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_specplugin.draft import EMPTY_TREE, ROOT, DraftTree
+
+__all__ = ["Drafted", "Forest", "Labels"]
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """Which nodes the text decided on, and how."""
+
+    nodes: Ints
+    """Indices of nodes whose parent is part of the text."""
+    hits: Bools
+    """Whether the text went on with the node's token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forest:
+    """The nodes of several trees, tree after tree, parents before children."""
+
+    starts: Ints
+    """``[trees + 1]`` offsets of the trees' nodes."""
+    tokens: Ints
+    """``[nodes]``"""
+    parents: Ints
+    """``[nodes]`` flat index of the parent, -1 at children of a root."""
+    depths: Ints
+    """``[nodes]`` 1 at children of a root."""
+    estimates: Floats
+    """``[nodes]`` acceptance given that the parent is accepted."""
+
+    @classmethod
+    def of(cls, trees: Sequence[DraftTree]) -> Forest:
+        """Lays trees end to end."""
+        sizes = np.array([len(tree) for tree in trees], dtype=np.int64)
+        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        if not starts[-1]:
+            none = np.zeros(0, dtype=np.int64)
+            return cls(starts, none, none, none, np.zeros(0))
+        filled = [tree for tree in trees if len(tree)]
+        parents = np.concatenate([tree.parents for tree in filled]).astype(np.int64)
+        parents[parents >= 0] += np.repeat(starts[:-1], sizes)[parents >= 0]
+        return cls(
+            starts,
+            np.concatenate([tree.tokens for tree in filled]).astype(np.int64),
+            parents,
+            np.concatenate([tree.depths for tree in filled]).astype(np.int64),
+            np.concatenate([tree.estimates for tree in filled]).astype(np.float64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def sizes(self) -> Ints:
+        """``[trees]`` nodes of each tree."""
+        return np.diff(self.starts)
+
+    @property
+    def owner(self) -> Ints:
+        """``[nodes]`` index of each node's tree."""
+        return np.repeat(np.arange(len(self.starts) - 1), self.sizes)
+
+    def with_estimates(self, estimates: Floats) -> Forest:
+        """The same trees with other estimates."""
+        return Forest(self.starts, self.tokens, self.parents, self.depths, estimates)
+
+    def survival(self) -> Floats:
+        """``[nodes]`` product of the estimates along each node's path."""
+        survival = self.estimates.copy()
+        for depth in range(2, int(self.depths.max(initial=0)) + 1):
+            level = np.flatnonzero(self.depths == depth)
+            survival[level] *= survival[self.parents[level]]
+        return survival
+
+    def off_chain(self) -> Bools:
+        """``[nodes]`` whether a node lies beside its tree's best chain."""
+        off = np.ones(len(self), dtype=np.bool_)
+        # Siblings of one parent, the likeliest last; of equals the first wins.
+        order = np.lexsort(
+            (-np.arange(len(self)), self.estimates, self.parents, self.owner)
+        )
+        parents, owner = self.parents[order], self.owner[order]
+        last = np.ones(len(self), dtype=np.bool_)
+        last[:-1] = (parents[1:] != parents[:-1]) | (owner[1:] != owner[:-1])
+        best = order[last]
+        favourite = np.zeros(len(self), dtype=np.bool_)
+        favourite[best] = True
+        for depth in range(1, int(self.depths.max(initial=0)) + 1):
+            level = np.flatnonzero((self.depths == depth) & favourite)
+            above = self.parents[level]
+            off[level] = np.where(above >= 0, off[above], False)
+        return off
+
+    def closed(self, keep: Bools) -> bool:
+        """Whether every kept node's parent is kept."""
+        below = keep & (self.parents >= 0)
+        return bool(keep[self.parents[below]].all())
+
+    def pick(self, keep: Bools) -> list[DraftTree]:
+        """The trees of the kept nodes, each with its best chain in front.
+
+        Args:
+            keep: ``[nodes]``, closed under taking parents.
+        """
+        counts = np.add.reduceat(
+            np.append(keep, False).astype(np.int64), self.starts[:-1]
+        )
+        counts[self.sizes == 0] = 0  # reduceat repeats its neighbour there
+        trees = []
+        for tree, count in enumerate(counts.tolist()):
+            if not count:
+                trees.append(EMPTY_TREE)
+                continue
+            first, end = int(self.starts[tree]), int(self.starts[tree + 1])
+            nodes = first + np.flatnonzero(keep[first:end])
+            place = np.full(end - first + 1, ROOT, dtype=np.int32)  # [-1]: the root
+            place[nodes - first] = np.arange(count, dtype=np.int32)
+            parents = self.parents[nodes]
+            picked = DraftTree(
+                self.tokens[nodes],
+                place[np.where(parents >= 0, parents - first, -1)],
+                self.estimates[nodes],
+            )
+            trees.append(picked.chain_first())
+        return trees
+
+    def follow(self, emitted: npt.NDArray[np.integer]) -> Labels:
+        """Walks each tree along the text that came after its root.
+
+        Args:
+            emitted: ``[trees, width]`` tokens, padded with -1.
+
+        Returns:
+            The children of every node the walk visited, labelled by whether the
+            text went there. A walk ends where the text or the tree does.
+        """
+        at = np.full(len(self.starts) - 1, -1, dtype=np.int64)
+        walking = np.ones(len(at), dtype=np.bool_)
+        owner = self.owner
+        nodes, hits = [], []
+        for column in emitted.T:
+            walking = walking & (column >= 0)
+            found = np.flatnonzero(walking[owner] & (self.parents == at[owner]))
+            if not len(found):
+                break
+            hit = self.tokens[found] == column[owner[found]]
+            nodes.append(found)
+            hits.append(hit)
+            walking[:] = False
+            walking[owner[found[hit]]] = True
+            at[owner[found[hit]]] = found[hit]
+        if not nodes:
+            return Labels(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_))
+        return Labels(np.concatenate(nodes), np.concatenate(hits))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drafted:
+    """What one call of the proposer gave, until the text decides on it."""
+
+    forest: Forest
+    """Everything drafted, with the proposer's own estimates."""
+    place: Mapping[str, int]
+    """Index of each request's tree."""
+    asked: Bools
+    """``[trees]`` whether the proposer was asked for it."""
+    sampled: Bools
+    """``[nodes]`` whether the request decodes at a temperature."""
+    ends: Ints
+    """``[trees]`` length of the text that each tree follows."""
+    kept: Bools
+    """``[nodes]`` what was sent to be verified; filled in later."""
