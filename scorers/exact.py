@@ -35,6 +35,8 @@ __all__ = ["ExactScorer", "match_walk"]
 class ExactScorer:
     """Sample every row once with keyed noise, then follow the matches."""
 
+    lossless = True
+
     def __init__(self, config: None, engine: EngineInfo) -> None:
         del config, engine
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -26,6 +26,7 @@ __all__ = [
     "SpecConfig",
     "build",
     "cache_dir",
+    "check_option",
     "child_environment",
     "models_dir",
     "option",
@@ -92,6 +93,16 @@ def parse_options(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     )
 
 
+def check_option(cls: type, name: str, value: Any, where: str) -> Any:
+    """Checks one value for the field ``name`` of the dataclass ``cls``.
+
+    Raises:
+        ConfigError: wrong type, or value out of range.
+    """
+    field = next(f for f in dataclasses.fields(cls) if f.name == name)
+    return _check(value, get_type_hints(cls)[name], field, where)
+
+
 def _check(value: Any, hint: Any, field: dataclasses.Field[Any], where: str) -> Any:
     meta = field.metadata
     low, high, choices = meta.get("low"), meta.get("high"), meta.get("choices")
@@ -147,6 +158,9 @@ class SpecConfig:
     max_failures: int = option(
         10, "failed proposer calls in a row before it is switched off", low=1
     )
+    request_scorers: Sequence[str] | None = None
+    """Scorers that requests may choose; ``None`` for all lossless ones. Beside
+    these, always the default ``scorer``."""
     trace: str = option("", "file to write a trace of drafts and steps to")
     trace_limit_mb: float = option(256.0, "most megabytes of a trace", low=0.001)
     options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -205,6 +219,19 @@ class SpecConfig:
             )
         for role in ROLES:
             resolve(self, role)
+        names = self.request_scorers
+        if names is not None and not (
+            isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names)
+        ):
+            raise ConfigError(
+                complain(
+                    f"request_scorers {names!r}",
+                    "a list of names",
+                    'write ["exact", "typical"], or leave it out for all lossless ones',
+                )
+            )
+        for name in names or ():
+            SCORERS.get(name)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON and for vLLM's configuration hash."""

@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from vllm_specplugin.draft_probs import DraftProbs
 from vllm_specplugin.errors import DraftTreeError, complain
 
 __all__ = ["EMPTY_TREE", "MAX_NODES", "ROOT", "DraftTree"]
@@ -39,6 +40,8 @@ class DraftTree:
             of the root. ``parents[i] < i`` must hold.
         estimates: ``[n]`` estimated probability, in ``[0, 1]``, that a node is
             accepted given that its parent was. ``None`` means 1 everywhere.
+        draft_probs: what the nodes were drawn from, if a proposer draws and says
+            so. Such a tree keeps its siblings in the order they were drawn in.
 
     Raises:
         DraftTreeError: lengths differ, the order is not topological, a parent
@@ -51,18 +54,21 @@ class DraftTree:
     [7, 8]
     """
 
-    __slots__ = ("__dict__", "estimates", "parents", "tokens")
+    __slots__ = ("__dict__", "draft_probs", "estimates", "parents", "tokens")
 
     tokens: IntArray
     parents: IntArray
     estimates: FloatArray
+    draft_probs: DraftProbs | None
 
     def __init__(
         self,
         tokens: Sequence[int] | npt.NDArray[np.integer],
         parents: Sequence[int] | npt.NDArray[np.integer],
         estimates: Sequence[float] | npt.NDArray[np.floating] | None = None,
+        draft_probs: DraftProbs | None = None,
     ) -> None:
+        self.draft_probs = draft_probs
         try:
             self.tokens = np.asarray(tokens, dtype=np.int32)
             self.parents = np.asarray(parents, dtype=np.int32)
@@ -85,11 +91,16 @@ class DraftTree:
 
     @classmethod
     def _trusted(
-        cls, tokens: IntArray, parents: IntArray, estimates: FloatArray
+        cls,
+        tokens: IntArray,
+        parents: IntArray,
+        estimates: FloatArray,
+        draft_probs: DraftProbs | None = None,
     ) -> DraftTree:
         """Builds a tree from arrays already known to satisfy the invariants."""
         tree = cls.__new__(cls)
         tree.tokens, tree.parents, tree.estimates = tokens, parents, estimates
+        tree.draft_probs = draft_probs
         return tree
 
     def _check(self) -> None:
@@ -103,6 +114,8 @@ class DraftTree:
                     "give each node one token, one parent and one estimate",
                 )
             )
+        if self.draft_probs is not None:
+            self.draft_probs.check(self.parents)
         if shape[0] == 0:
             return
         order = np.arange(shape[0], dtype=np.int32)
@@ -182,6 +195,8 @@ class DraftTree:
                     "draft only tokens of the target's vocabulary",
                 )
             )
+        if self.draft_probs is not None:
+            self.draft_probs.check_vocabulary(vocab_size)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -259,7 +274,10 @@ class DraftTree:
         """The first ``n`` nodes; topological order makes any prefix a tree."""
         if n >= len(self):
             return self
-        return self._trusted(self.tokens[:n], self.parents[:n], self.estimates[:n])
+        probs = self.draft_probs and self.draft_probs.prefix(n)
+        return self._trusted(
+            self.tokens[:n], self.parents[:n], self.estimates[:n], probs
+        )
 
     def take(self, nodes: npt.NDArray[np.integer]) -> DraftTree:
         """The tree of the given nodes, in the given order.
@@ -270,15 +288,22 @@ class DraftTree:
         position = np.full(len(self) + 1, ROOT, dtype=np.int32)  # [-1] is the root
         position[nodes] = np.arange(len(nodes), dtype=np.int32)
         return self._trusted(
-            self.tokens[nodes], position[self.parents[nodes]], self.estimates[nodes]
+            self.tokens[nodes],
+            position[self.parents[nodes]],
+            self.estimates[nodes],
+            self.draft_probs and self.draft_probs.take(nodes),
         )
 
     def best(self, n: int) -> DraftTree:
         """The ``n`` nodes most likely to be accepted, most likely first.
 
         Survival never grows along a path, so with ties broken towards earlier
-        nodes the result is closed under taking parents.
+        nodes the result is closed under taking parents. Of a tree that was drawn
+        from q it is the first ``n``: which nodes are verified must not depend on
+        what was drawn.
         """
+        if self.draft_probs is not None:
+            return self.prefix(n)
         order = np.argsort(-self.survival, kind="stable")
         return self.take(order[:n])
 
@@ -300,7 +325,10 @@ class DraftTree:
         estimates = self.estimates.tolist()
         for node, parent in enumerate(self.parents.tolist()):
             other = best_child.get(parent)
-            if other is None or estimates[node] > estimates[other]:
+            # Of drawn siblings the first: the order must not depend on tokens.
+            if other is None or (
+                self.draft_probs is None and estimates[node] > estimates[other]
+            ):
                 best_child[parent] = node
         spine = []
         node = ROOT

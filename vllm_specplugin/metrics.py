@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from vllm_specplugin.draft import MAX_NODES
+
+if TYPE_CHECKING:
+    from vllm_specplugin.interfaces import ScoreResult
 
 __all__ = ["SpecMetrics"]
 
@@ -26,12 +32,17 @@ class SpecMetrics:
     """Nodes verified."""
     accepted: int = 0
     emitted: int = 0
+    emitted_by_relaxation: int = 0
+    """Emitted tokens that only a lossy rule's leniency accepted."""
     tree_requests: int = 0
     """Request-steps that needed the tree mask."""
     kv_rows_moved: int = 0
     propose_calls: int = 0
     propose_seconds: float = 0.0
     accepted_by_depth: list[int] = field(default_factory=lambda: [0] * MAX_NODES)
+    guarded: Counter[str] = field(default_factory=Counter)
+    """How often a guard rail kept a lossy rule from accepting: ``run``,
+    ``entropy``, ``share``."""
     failures: Counter[str] = field(default_factory=Counter)
     """Why drafts were lost: ``proposer_error``, ``malformed_tree``,
     ``timeout``, ``policy_error``, ``scorer_error``, ``disabled``."""
@@ -57,12 +68,20 @@ class SpecMetrics:
             for depth in range(accepted):
                 self.accepted_by_depth[depth] += 1
 
+    def observe_lenience(
+        self, result: ScoreResult, sampled: npt.NDArray[np.bool_]
+    ) -> None:
+        """Adds what a step's lossy rules let pass, of requests that emitted."""
+        if result.relaxed is not None:
+            self.emitted_by_relaxation += int(result.relaxed[sampled].sum())
+            self.guarded.update(result.guarded or {})
+
     def snapshot(self) -> dict[str, Any]:
         """Plain data, for RPC and JSON."""
         values: dict[str, Any] = {
             name: getattr(self, name)
             for name in self.__slots__
-            if name not in ("accepted_by_depth", "failures")
+            if name not in ("accepted_by_depth", "failures", "guarded")
         }
         deepest = max(
             (d for d, n in enumerate(self.accepted_by_depth) if n), default=-1
@@ -70,6 +89,7 @@ class SpecMetrics:
         return values | {
             "accepted_by_depth": self.accepted_by_depth[: deepest + 1],
             "failures": dict(self.failures),
+            "guarded": dict(self.guarded),
             "acceptance_length": self.acceptance_length,
             "tokens_per_request_step": self.tokens_per_request_step,
         }

@@ -12,6 +12,11 @@ word ``v % 4``. With ``u = (bits + 1/2) / 2^32``, ``E = -log(1 - u)`` is a
 standard exponential whose *small* values, which decide the argmax, keep full
 relative precision; ``G = -log E``.
 
+:func:`uniforms` is a second, independent stream under the same keys, told apart
+by the counter's last word: what rules other than ``exact`` decide with. The noise
+above may be shared with the draft; a test against q or a draw from a residual
+that used it would be biased.
+
 Three implementations give identical bits: :func:`philox4x32` in NumPy is the
 readable one and serves proposers, which evaluate few tokens; a compiled loop
 serves whole vocabularies on CPU; tensor arithmetic serves them elsewhere.
@@ -29,7 +34,21 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["gumbel", "gumbel_rows", "philox4x32", "request_seed", "scalar_gumbel"]
+__all__ = [
+    "CHOOSE",
+    "FLIP",
+    "LAST",
+    "gumbel",
+    "gumbel_rows",
+    "philox4x32",
+    "request_seed",
+    "scalar_gumbel",
+    "uniforms",
+]
+
+FLIP, CHOOSE, LAST = 1, 2, 3
+"""Purposes of :func:`uniforms`: to accept a node, to choose among the children
+of a row, to draw the token after the accepted path."""
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -39,13 +58,13 @@ _ONE_BELOW_ONE = np.float32(1 - 2**-24)
 
 
 def philox4x32(
-    counter: npt.NDArray[np.uint64], key: tuple[int, int]
+    counter: npt.NDArray[np.uint64], key: tuple[Any, Any]
 ) -> npt.NDArray[np.uint64]:
     """Philox4x32-10.
 
     Args:
         counter: ``[4, n]`` 32-bit words, held in 64 bits.
-        key: two 32-bit words.
+        key: two 32-bit words, or two ``[n]`` arrays of them.
 
     Returns:
         ``[4, n]`` random 32-bit words, held in 64 bits.
@@ -121,6 +140,42 @@ def gumbel_rows(
     else:
         uniform = _tensor_uniform(seeds, positions, vocab_size, device)
     return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def uniforms(
+    seeds: npt.NDArray[np.uint64],
+    positions: npt.NDArray[np.int64],
+    purpose: int,
+    indices: npt.NDArray[np.integer],
+) -> npt.NDArray[np.float64]:
+    """Independent uniforms in ``[0, 1)`` for the decisions of one step.
+
+    Keyed by the position of the step's *first* token, which no two steps of a
+    request share: positions further down are verified again if they are turned
+    down, and a coin seen once must not be seen again.
+
+    Args:
+        seeds: ``[n]`` keys of the requests.
+        positions: ``[n]`` position of the first token the step emits.
+        purpose: :data:`FLIP`, :data:`CHOOSE` or :data:`LAST`.
+        indices: ``[n]`` node or row within the request.
+
+    Returns:
+        ``[n]`` float64 with 53 random bits.
+
+    >>> one = np.array([1], dtype=np.uint64)
+    >>> float(uniforms(one, np.array([5]), FLIP, np.array([0])).round(3)[0])
+    0.896
+    """
+    low, half = np.uint64(_LOW), np.uint64(32)
+    seeds, places = seeds.astype(np.uint64), positions.astype(np.uint64)
+    counter = np.empty((4, len(seeds)), dtype=np.uint64)
+    counter[0] = indices
+    counter[1], counter[2], counter[3] = places & low, places >> half, purpose
+    first, second, _, _ = philox4x32(counter, (seeds & low, seeds >> half))
+    bits = (first >> np.uint64(5)) * np.uint64(1 << 26) + (second >> np.uint64(6))
+    values: npt.NDArray[np.float64] = bits.astype(np.float64) * 2.0**-53
+    return values
 
 
 def request_seed(engine_seed: int, index: int) -> int:

@@ -129,7 +129,19 @@ PROPOSERS = Registry(
 SCORERS = Registry(
     "scorer",
     "vllm_specplugin.scorers",
-    {"exact": "vllm_specplugin.scorers.exact:ExactScorer"},
+    {
+        "exact": "vllm_specplugin.scorers.exact:ExactScorer",
+        "rejection": "vllm_specplugin.scorers.rejection:RejectionScorer",
+        "block": "vllm_specplugin.scorers.block:BlockScorer",
+        "traversal": "vllm_specplugin.scorers.traversal:TraversalScorer",
+        "typical": "vllm_specplugin.scorers.typical:TypicalScorer",
+        "typical_or_rejection": (
+            "vllm_specplugin.scorers.typical_or_rejection:TypicalOrRejectionScorer"
+        ),
+        "relaxed": "vllm_specplugin.scorers.relaxed:RelaxedScorer",
+        "threshold": "vllm_specplugin.scorers.threshold:ThresholdScorer",
+        "fly": "vllm_specplugin.scorers.fly:FlyScorer",
+    },
 )
 POLICIES = Registry(
     "policy",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from vllm_specplugin import SCORERS
 from vllm_specplugin.engines import EngineProcess
 
 HERE = Path(__file__).parent
@@ -121,7 +122,11 @@ SWITCH = {
     "proposer": "spec_proposers:Switch",
     "policy": "fixed",  # the trees that a test wants are all verified
     "max_nodes": MAX_NODES,
-    "options": {"draft_timeout_ms": 150.0, "max_failures": 10_000},
+    "options": {
+        "draft_timeout_ms": 150.0,
+        "max_failures": 10_000,
+        "request_scorers": list(SCORERS.names()),
+    },
 }
 
 

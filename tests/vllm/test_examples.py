@@ -133,6 +133,22 @@ def test_served_text_is_that_without_speculation(
     assert sum(accepted) > 0
 
 
+def test_a_request_chooses_its_scorer(server: str) -> None:
+    body = {"prompt": [5, 6, 7] * 4, "max_tokens": 4, "temperature": 1.0, "seed": 1}
+    chosen = complete(server, **body, vllm_xargs={"spec_scorer": "rejection"})
+    assert chosen["usage"]["completion_tokens"] == 4
+    for options, message in [
+        ({"spec_scorer": "typical"}, "spec_scorer='typical': expected one of block"),
+        ({"spec_scorer": "block", "spec_epsilon": 0.1}, "no option spec_epsilon"),
+        ({"spec_max_nodes": 99}, "spec_max_nodes=99: expected an integer from 0"),
+    ]:
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            complete(server, **body, vllm_xargs=options)
+        assert caught.value.code == 400
+        assert message in caught.value.read().decode()
+    assert complete(server, **body)["usage"]["completion_tokens"] == 4
+
+
 @pytest.mark.parametrize("body", [{"min_p": 0.5}, {"logit_bias": {"5": 3.0}}])
 def test_what_vllm_refuses_with_speculation_is_a_400(
     server: str, body: dict[str, Any]

@@ -18,6 +18,11 @@ Patches, each with the reason and when to remove it:
 ``EngineArgs.add_cli_args`` and ``EngineArgs.from_cli_args`` (``plugin.py``)
     wrapped to add and to read the ``--spec-*`` flags. General plugins have no
     API for flags. Remove when vLLM gives them one.
+``EngineArgs.create_engine_config`` (``plugin.py``) and
+``InputProcessor._validate_params`` (``admission.py``)
+    wrapped, the second by the first and only where the plugin is switched on, to
+    refuse wrong ``spec_*`` options of a request with a 400. Remove when vLLM lets
+    plugins validate ``extra_args``.
 ``runner.__class__`` (``worker.py``)
     set to a subclass of the runner's class after ``init_device()``: the CPU
     worker has no hook to choose its runner. Remove when ``CPUWorker`` calls

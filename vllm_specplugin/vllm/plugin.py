@@ -12,9 +12,10 @@ _MARK = "_specplugin_wrapped"
 
 
 def register() -> None:
-    """Adds the ``--spec-*`` flags to vLLM's command line. Idempotent.
+    """Adds the ``--spec-*`` flags to vLLM's command line, and has options of
+    requests checked where the plugin is switched on. Idempotent.
 
-    Changes nothing unless such a flag is given. Versions are checked when the
+    Changes nothing else. Versions are checked when the
     plugin is switched on, so an unsupported vLLM still serves without it.
     """
     from vllm.engine.arg_utils import EngineArgs
@@ -38,6 +39,19 @@ def register() -> None:
 
         return from_cli_args(cls, apply_flags(args))  # type: ignore[no-any-return]
 
+    create_engine_config = EngineArgs.create_engine_config
+
+    @functools.wraps(create_engine_config)
+    def with_checks(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        from vllm_specplugin.config import CONFIG_KEY
+
+        if CONFIG_KEY in (self.additional_config or {}):
+            from vllm_specplugin.vllm.admission import check_requests_from_now_on
+
+            check_requests_from_now_on()
+        return create_engine_config(self, *args, **kwargs)
+
     setattr(with_flags, _MARK, True)
+    EngineArgs.create_engine_config = with_checks  # type: ignore[method-assign]
     EngineArgs.add_cli_args = staticmethod(with_flags)  # type: ignore[method-assign]
     EngineArgs.from_cli_args = classmethod(read_flags)  # type: ignore[assignment]

@@ -32,6 +32,7 @@ from vllm.v1.outputs import SamplerOutput
 
 from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.draft import DraftTree
+from vllm_specplugin.draft_probs import DraftProbs, batch_probs
 from vllm_specplugin.drafting import Drafter, DraftRequest
 from vllm_specplugin.interfaces import (
     RequestView,
@@ -43,6 +44,7 @@ from vllm_specplugin.layout import StepLayout, scheduled_tree
 from vllm_specplugin.metrics import SpecMetrics
 from vllm_specplugin.noise import request_seed
 from vllm_specplugin.scorers.exact import ExactScorer
+from vllm_specplugin.scoring import RequestScorer
 from vllm_specplugin.trace import TraceWriter
 from vllm_specplugin.vllm.cache_layout import prepare_layers
 from vllm_specplugin.vllm.engine_info import describe_engine
@@ -72,7 +74,7 @@ class SpecState:
         self.config = config
         self.engine = describe_engine(runner)
         self.metrics = SpecMetrics()
-        self.scorer = build(config, "scorer", self.engine)
+        self.scorer = RequestScorer(config, self.engine)
         self.fallback_scorer = ExactScorer(None, self.engine)
         self.drafter = Drafter(
             build(config, "proposer", self.engine),
@@ -140,12 +142,15 @@ class TreeRunnerV1:
         finished = list(scheduler_output.finished_req_ids)
         if finished:
             spec.drafter.release(finished)
+            spec.scorer.release(finished)
             for req_id in finished:
                 spec.trees.pop(req_id, None)
                 spec.seeds.pop(req_id, None)
         corrections = super()._update_states(scheduler_output)  # type: ignore[misc]
         for new in scheduler_output.scheduled_new_reqs:
-            seed = new.sampling_params.seed if new.sampling_params else None
+            params = new.sampling_params
+            spec.scorer.admit(new.req_id, params.extra_args if params else None)
+            seed = params.seed if params else None
             if seed is None:
                 seed = request_seed(runner.model_config.seed, spec.admitted)
             spec.seeds[new.req_id] = seed & (1 << 64) - 1
@@ -224,6 +229,11 @@ class TreeRunnerV1:
         metadata = self.input_batch.sampling_metadata
         ready = process_logits(self.sampler, logits, metadata, layout)
         req_ids = self.input_batch.req_ids
+        probs = batch_probs(
+            [self._drawn_from(*one) for one in zip(req_ids, layout.trees)],
+            layout.starts,
+            logits.device,
+        )
         batch = ScoreBatch(
             logits=ready.processed,
             starts=layout.starts,
@@ -234,6 +244,9 @@ class TreeRunnerV1:
             if metadata.all_greedy
             else self.input_batch.temperature_cpu[: len(req_ids)] < 1e-5,
             seeds=np.array([spec.seeds[r] for r in req_ids], dtype=np.uint64),
+            req_ids=req_ids,
+            history=self._known_tokens,
+            **({} if probs is None else vars(probs)),
         )
         result = self._score(batch)
         if step.plan is not None:
@@ -246,9 +259,19 @@ class TreeRunnerV1:
             logprobs_tensors=gather_logprobs(self.sampler, ready, metadata, result),
         )
 
+    def _drawn_from(self, req_id: str, tree: DraftTree) -> DraftProbs | None:
+        # A grammar cuts drafts short at a token it does not allow. Where that
+        # token was drawn from q, only a rule that ignores q stays unbiased.
+        params = self.requests[req_id].sampling_params
+        return None if params.structured_outputs is not None else tree.draft_probs
+
+    def _known_tokens(self, index: int) -> Any:
+        batch = self.input_batch
+        return batch.token_ids_cpu[index, : batch.num_tokens_no_spec[index]]
+
     def _score(self, batch: ScoreBatch) -> ScoreResult:
         try:
-            return self.spec.scorer.score(batch)  # type: ignore[no-any-return]
+            return self.spec.scorer.score(batch)
         except Exception:
             failures = self.spec.metrics.failures
             failures["scorer_error"] += 1
@@ -267,6 +290,7 @@ class TreeRunnerV1:
         accepted = (result.lengths - 1).tolist()
         for i in emitting:
             metrics.observe(drafted[i], accepted[i], accepted[i] + 1)
+        metrics.observe_lenience(result, sampled)
         metrics.steps += 1
         metrics.steps_without_drafts += not layout.has_drafts
         metrics.tree_requests += len(layout.branching)

@@ -9,6 +9,7 @@ import numpy as np
 
 from vllm_specplugin import EMPTY_TREE, PROPOSERS, DraftTree
 from vllm_specplugin.config import parse_options
+from vllm_specplugin.draft_probs import DraftProbs
 from vllm_specplugin.interfaces import EngineInfo, ProposeContext, RequestView
 
 # A request's `extra_args`: {"use": name, "oracle": [its true output]}.
@@ -66,9 +67,30 @@ class Switch:
             case "slow":
                 time.sleep(0.2)
                 return DraftTree([5], [-1])
+            case "drawn":
+                return self._drawn(request, n)
             case "random" | "oracle":
                 return self._random(request, n)
         raise AssertionError(use)
+
+    def _drawn(self, request: RequestView, n: int) -> DraftTree:
+        """A tree of up to six nodes drawn from a known q over a few tokens: two
+        children without replacement, the first with two more below it."""
+        alphabet = request.options["alphabet"]
+        q = np.zeros((1, self._engine.vocab_size), dtype=np.float32)
+        q[0, alphabet] = np.arange(1, len(alphabet) + 1)
+        q /= q.sum()
+        parents = [-1, 0, -1, 1, 0, 1][:n]
+        tokens: list[int] = []
+        for node, parent in enumerate(parents):
+            law = q[0, alphabet].astype(float)
+            for sibling in range(node):
+                if parents[sibling] == parent:
+                    law[alphabet.index(tokens[sibling])] = 0
+            tokens.append(int(self._rng.choice(alphabet, p=law / law.sum())))
+        rows, drawn = np.zeros(len(parents) + 1, np.int32), np.ones(len(parents), bool)
+        tree = DraftTree(tokens, parents, None, DraftProbs(q, rows, drawn))
+        return tree.prefix(request.max_nodes)
 
     def _random(self, request: RequestView, n: int) -> DraftTree:
         """A random recursive tree; with an oracle, the true continuation lies on
