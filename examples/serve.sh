@@ -7,4 +7,4 @@ model=${1:?usage: serve.sh MODEL [vLLM flags]}
 shift
 exec "${PYTHON:-python3}" -m vllm.entrypoints.openai.api_server --model "$model" \
     --spec-proposer suffix --spec-scorer exact --spec-policy fixed \
-    --spec-max-nodes 16 --spec-options '{"proposer": {"min_survival": 0.2}}' "$@"
+    --spec-max-nodes 16 --spec-policy goodput "$@"

@@ -16,7 +16,7 @@ from vllm_specplugin.interfaces import EngineInfo, RequestView, StepOutcome
 from vllm_specplugin.metrics import SpecMetrics
 from vllm_specplugin.replay import load_recording, replay
 from vllm_specplugin.trace import TraceError, TraceWriter, read_trace
-from vllm_specplugin.tune import parse_policy, replay_command
+from vllm_specplugin.tune import parse_load, parse_policy, replay_command
 
 ENGINE = EngineInfo(vocab_size=500, max_model_len=999, max_num_seqs=8, max_nodes=8)
 PROMPT = 10
@@ -225,6 +225,13 @@ def test_the_command_prints_a_table_and_draws(shadow, tmp_path, capsys):
         line = next(x for x in shown.splitlines() if x.startswith(policy))
         assert "100%" in line
     assert plot.read_text().lstrip().startswith("<?xml")
+
+
+def test_loads_on_the_command_line():
+    assert parse_load("1*2,3*1,2") == [1, 1, 3, 2]
+    for bad in ("", "0*3", "3*0", "a*2", "2*b"):
+        with pytest.raises(ConfigError, match="write for example 1"):
+            parse_load(bad)
 
 
 def test_policies_on_the_command_line():

@@ -72,6 +72,11 @@ def _add_replay(commands: Any) -> None:
     replay.add_argument(
         "--batch", type=int, help="requests at a time (default: as recorded)"
     )
+    replay.add_argument(
+        "--load",
+        metavar="N*STEPS,...",
+        help="requests at a time by step, such as 1*50,32*50,1*50",
+    )
     replay.add_argument("--seed", type=int, default=0, help="of the noise of steps")
     replay.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw nodes by step (.svg, .png)"
@@ -135,7 +140,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _replay(args: argparse.Namespace) -> int:
-    from vllm_specplugin.tune import replay_command
+    from vllm_specplugin.tune import parse_load, replay_command
 
     usual = [f'fixed:{{"nodes": {n}}}' for n in (2, 4, 8, 16)]
     return replay_command(
@@ -144,6 +149,7 @@ def _replay(args: argparse.Namespace) -> int:
         batch=args.batch,
         seed=args.seed,
         plot=args.plot,
+        load=parse_load(args.load) if args.load else None,
     )
 
 

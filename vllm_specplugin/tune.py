@@ -16,7 +16,7 @@ from vllm_specplugin.prompt_files import PromptFileError, read_prompts
 from vllm_specplugin.replay import Replayed, load_recording, replay
 from vllm_specplugin.trace import read_trace
 
-__all__ = ["parse_policy", "replay_command", "tune_command"]
+__all__ = ["parse_load", "parse_policy", "replay_command", "tune_command"]
 
 _COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -43,6 +43,31 @@ def parse_policy(text: str) -> tuple[str, dict[str, Any]]:
     return name, values
 
 
+def parse_load(text: str) -> list[int]:
+    """``1*50,32*50,1*50``: requests at a time for so many steps each; the last
+    number holds on.
+
+    Raises:
+        ConfigError: it is written otherwise.
+    """
+    load: list[int] = []
+    for part in text.split(","):
+        requests, _, steps = part.partition("*")
+        try:
+            load += [int(requests)] * int(steps or 1)
+            if int(requests) < 1 or int(steps or 1) < 1:
+                raise ValueError("not positive")
+        except ValueError as error:
+            raise ConfigError(
+                complain(
+                    f"--load {text!r} ({error})",
+                    "requests*steps, by commas",
+                    "write for example 1*50,32*50,1*50",
+                )
+            ) from error
+    return load
+
+
 def replay_command(
     traces: Sequence[Path],
     policies: Sequence[str],
@@ -50,16 +75,17 @@ def replay_command(
     batch: int | None,
     seed: int,
     plot: Path | None,
+    load: Sequence[int] | None = None,
 ) -> int:
     """Replays policies on traces and prints a table."""
     if plot is not None:
         require_matplotlib()
     chosen = [parse_policy(text) for text in policies]
     recording = load_recording(traces)
-    base = replay(recording, "shadow", batch=batch, seed=seed)
+    base = replay(recording, "shadow", batch=batch, load=load, seed=seed)
     print(
         f"{len(recording.texts)} requests, {base.tokens} tokens, up to "
-        f"{batch or recording.concurrency} at a time; step times predicted within "
+        f"{max(load or [batch or recording.concurrency])} at a time; step times predicted within "
         f"{recording.times.error:.0%} over {recording.steps} recorded steps"
     )
     print(
@@ -68,7 +94,9 @@ def replay_command(
     )
     results: list[Replayed] = []
     for text, (name, options) in zip(policies, chosen):
-        result = replay(recording, name, options, batch=batch, seed=seed)
+        result = replay(
+            recording, name, options, batch=batch, load=load, warm=True, seed=seed
+        )
         result.policy = text
         results.append(result)
         steps = max(1, result.request_steps)

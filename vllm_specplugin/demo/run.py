@@ -43,8 +43,6 @@ _ENGINE = {
 }
 # On two cores each verified token adds a tenth of a step, so only likely ones
 # pay at batch 8. On a GPU the proposer's own default fits small batches.
-_OPTIONS = {"proposer": {"min_survival": 0.35}}
-
 
 @dataclass(frozen=True, slots=True)
 class Variant:
@@ -76,7 +74,7 @@ VARIANTS = (
     Variant(REFERENCE, speculate={"proposer": "none"}),
     Variant(
         "suffix tree",
-        speculate={"proposer": "suffix", "max_nodes": 16, "options": _OPTIONS},
+        speculate={"proposer": "suffix", "max_nodes": 16},
     ),
 )
 
