@@ -50,18 +50,22 @@ def choose(batch: ScoreBatch) -> torch.Tensor:
         return batch.logits.argmax(dim=-1)
     owner = np.repeat(np.arange(len(batch.seeds)), np.diff(batch.starts))
     random_rows = np.flatnonzero(~batch.greedy[owner])
-    # Rows of one request at one depth share their noise: make it once.
-    keys = np.stack([owner[random_rows], batch.positions[random_rows]])
-    (owners, positions), inverse = np.unique(keys, axis=1, return_inverse=True)
+    if len(owner) == len(batch.seeds):  # no drafts
+        owners, positions, inverse = random_rows, batch.positions[random_rows], None
+    else:
+        # Rows of one request at one depth share their noise: make it once.
+        keys = np.stack([owner[random_rows], batch.positions[random_rows]])
+        (owners, positions), inverse = np.unique(keys, axis=1, return_inverse=True)
     logits = batch.logits
     noise = gumbel_rows(batch.seeds[owners], positions, logits.shape[1], logits.device)
-    index = torch.from_numpy(inverse.ravel()).to(logits.device)
+    if inverse is not None:
+        noise = noise[torch.from_numpy(inverse.ravel()).to(logits.device)]
     if batch.greedy.any():
         rows = torch.from_numpy(random_rows).to(logits.device)
         chosen = logits.argmax(dim=-1)
-        chosen[rows] = (noise[index] + logits[rows]).argmax(dim=-1)
+        chosen[rows] = (noise + logits[rows]).argmax(dim=-1)
         return chosen
-    return (noise[index] + logits).argmax(dim=-1)
+    return (noise + logits).argmax(dim=-1)
 
 
 def match_walk(batch: ScoreBatch, chosen: npt.NDArray[np.int64]) -> ScoreResult:
@@ -71,6 +75,13 @@ def match_walk(batch: ScoreBatch, chosen: npt.NDArray[np.int64]) -> ScoreResult:
         batch: the verified rows.
         chosen: ``[rows]`` the token chosen at each row.
     """
+    requests = len(batch.starts) - 1
+    if len(batch.tokens) == requests:  # no drafts
+        return ScoreResult(
+            tokens=chosen.astype(np.int32)[:, None],
+            rows=np.arange(requests, dtype=np.int32)[:, None],
+            lengths=np.ones(requests, dtype=np.int32),
+        )
     starts = batch.starts.tolist()
     parents, tokens = batch.parents.tolist(), batch.tokens.tolist()
     paths: list[list[int]] = []

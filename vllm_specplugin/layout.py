@@ -66,30 +66,38 @@ class StepLayout:
     @cached_property
     def counts(self) -> npt.NDArray[np.int32]:
         """``[requests]`` rows per request: one root and the nodes."""
+        if not self.has_drafts:
+            return np.ones(len(self.trees), dtype=np.int32)
         return np.array([1 + len(tree) for tree in self.trees], dtype=np.int32)
 
     @cached_property
     def starts(self) -> npt.NDArray[np.int32]:
         """``[requests + 1]`` row offsets."""
+        if not self.has_drafts:
+            return np.arange(len(self.trees) + 1, dtype=np.int32)
         return np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int32)
 
     @cached_property
     def num_rows(self) -> int:
         return int(self.starts[-1])
 
-    @property
+    @cached_property
     def has_drafts(self) -> bool:
-        return self.num_rows > len(self.trees)
+        return any(map(len, self.trees))
 
     @cached_property
     def branching(self) -> list[int]:
         """Requests whose tree is not a chain."""
+        if not self.has_drafts:
+            return []
         return [i for i, tree in enumerate(self.trees) if not tree.is_chain]
 
     @cached_property
     def depths(self) -> npt.NDArray[np.int32]:
         """``[rows]`` 0 at roots."""
         depths = np.zeros(self.num_rows, dtype=np.int32)
+        if not self.has_drafts:
+            return depths
         for start, tree in zip(self.starts.tolist(), self.trees):
             depths[start + 1 : start + 1 + len(tree)] = tree.depths
         return depths
@@ -98,6 +106,8 @@ class StepLayout:
     def tokens(self) -> npt.NDArray[np.int32]:
         """``[rows]`` -1 at roots."""
         tokens = np.full(self.num_rows, -1, dtype=np.int32)
+        if not self.has_drafts:
+            return tokens
         for start, tree in zip(self.starts.tolist(), self.trees):
             tokens[start + 1 : start + 1 + len(tree)] = tree.tokens
         return tokens
@@ -106,6 +116,8 @@ class StepLayout:
     def parents(self) -> npt.NDArray[np.int32]:
         """``[rows]`` row of the parent, -1 at roots."""
         parents = np.full(self.num_rows, -1, dtype=np.int32)
+        if not self.has_drafts:
+            return parents
         for start, tree in zip(self.starts.tolist(), self.trees):
             parents[start + 1 : start + 1 + len(tree)] = tree.parents + (start + 1)
         return parents
@@ -119,6 +131,8 @@ class StepLayout:
     def emit_positions(self) -> npt.NDArray[np.int64]:
         """``[rows]`` position of the token that each row emits."""
         roots = np.asarray(self.root_positions, dtype=np.int64)
+        if not self.has_drafts:
+            return roots + 1
         return roots[self.request_of_row] + self.depths + 1
 
     def node_positions(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

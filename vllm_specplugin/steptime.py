@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float64]
 
 _KNOTS = np.array([4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0])
+_LEARN_STEPS = 8
 _SCHEMA = 1
 
 
@@ -68,6 +69,7 @@ class LinearTime:
         self._keep = 1.0 - 1.0 / memory
         self._noise = noise
         self._opening: list[tuple[Floats, float, float]] = []
+        self._stale = False
         self.scale: float | None = None
         """Seconds per unit; ``None`` until the first steps were seen."""
         self.observed = 0
@@ -104,6 +106,7 @@ class LinearTime:
             opening, self._opening = self._opening, []
             for measured in opening:
                 self.observe(*measured)
+                self.refresh()
             return
         expected = max(float(self.relative(features)), 0.05)
         value = seconds / self.scale
@@ -121,9 +124,15 @@ class LinearTime:
         self._information += weight * np.outer(features, features)
         self._moment *= keep
         self._moment += (1 - keep) * self._prior_moment + weight * value * features
-        self._coefficients = np.asarray(
-            np.linalg.solve(self._information, self._moment), dtype=np.float64
-        )
+        self._stale = True
+
+    def refresh(self) -> None:
+        """Makes predictions take in what was observed."""
+        if self._stale:
+            self._stale = False
+            self._coefficients = np.asarray(
+                np.linalg.solve(self._information, self._moment), dtype=np.float64
+            )
 
     def state(self) -> dict[str, Any]:
         """Plain data for :meth:`restore`."""
@@ -170,17 +179,17 @@ class LinearTime:
 class StepShape:
     """What is known of a step before it runs.
 
-    ``nodes``, ``attended`` and ``masked`` may be arrays of alternatives.
+    Fields may be arrays of alternatives.
     """
 
-    requests: int
+    requests: Any
     nodes: Any
     """Draft nodes verified."""
     attended: Any
     """Thousands of tokens attended to, summed over rows."""
     masked: Any = 0
     """Rows under a tree mask."""
-    prompt: int = 0
+    prompt: Any = 0
     """Prompt tokens computed beside."""
 
 
@@ -201,6 +210,7 @@ class StepTimeModel:
         self._step = LinearTime(mean, spread)
         self._draft = LinearTime(np.array([0.5, 0.5]), np.array([0.5, 0.5]), noise=0.3)
         self._gap = LinearTime(np.array([0.5, 0.1]), np.array([0.5, 0.2]), noise=0.3)
+        self._unlearnt: list[tuple[StepShape, float, float]] = []
         self.largest = 0
         """Most tokens of any step seen."""
 
@@ -227,15 +237,38 @@ class StepTimeModel:
             return
         tokens = shape.requests + int(shape.nodes) + shape.prompt
         self.largest = max(self.largest, tokens)
-        # Rows of prompts are cheaper than rows with logits: they say roughly
-        # what tokens cost, before anything was drafted.
-        weight = 0.02 if shape.prompt else 1.0
-        self._step.observe(self._features(shape), seconds, weight)
-        self._gap.observe(np.array([1.0, shape.requests]), min(gap, 0.5 * seconds))
+        self._unlearnt.append((shape, seconds, gap))
+        # A step that drafts nothing must not pay for learning from it.
+        if len(self._unlearnt) >= _LEARN_STEPS or not self.ready:
+            self.learn()
+
+    def learn(self) -> None:
+        """Takes in the steps observed since the last time."""
+        if not self._unlearnt:
+            return
+        steps, self._unlearnt = self._unlearnt, []
+        features = self._features(
+            StepShape(
+                requests=np.array([shape.requests for shape, *_ in steps]),
+                nodes=np.array([shape.nodes for shape, *_ in steps]),
+                attended=np.array([shape.attended for shape, *_ in steps]),
+                masked=np.array([shape.masked for shape, *_ in steps]),
+                prompt=np.array([shape.prompt for shape, *_ in steps]),
+            )
+        )
+        for row, (shape, seconds, gap) in zip(features, steps):
+            # Rows of prompts are cheaper than rows with logits: they say
+            # roughly what tokens cost, before anything was drafted.
+            weight = 0.02 if shape.prompt else 1.0
+            self._step.observe(row, seconds, weight)
+            self._gap.observe(np.array([1.0, shape.requests]), min(gap, 0.5 * seconds))
+        self._step.refresh()
+        self._gap.refresh()
 
     def observe_draft(self, requests: int, seconds: float) -> None:
         """Learns from a call of the proposer."""
         self._draft.observe(np.array([1.0, requests]), seconds)
+        self._draft.refresh()
 
     def seconds(self, shape: StepShape) -> Floats:
         """Predicted seconds of a step, host time around it included; in
@@ -295,6 +328,7 @@ class StepTimeModel:
 
     def state(self) -> dict[str, Any]:
         """Plain data for :meth:`restore`."""
+        self.learn()
         return {
             "schema": _SCHEMA,
             "largest": self.largest,
