@@ -9,6 +9,7 @@ import pytest
 
 from vllm_specplugin import EMPTY_TREE, DraftTree
 from vllm_specplugin.config import SpecConfig
+from vllm_specplugin.draft_probs import DraftProbs
 from vllm_specplugin.drafting import Drafter, DraftRequest
 from vllm_specplugin.interfaces import EngineInfo, RequestView
 from vllm_specplugin.metrics import SpecMetrics
@@ -254,3 +255,22 @@ def test_release_and_observe_may_fail_too():
     assert metrics.failures == {"proposer_error": 1, "policy_error": 1}
     assert made.draft([]) == []
     assert DraftTree([], []) == EMPTY_TREE
+
+
+def test_drawn_trees_keep_their_distributions_and_their_order():
+    """Whatever a policy prefers, the nodes drawn first stay, in that order."""
+    probs = DraftProbs(
+        np.full((1, 100), 0.01, np.float32),
+        np.zeros(4, np.int32),
+        np.ones(3, dtype=bool),
+    )
+    drawn = DraftTree([1, 2, 3], [-1, -1, 1], [0.1, 0.9, 0.9], probs)
+    policy = Policy(keep=np.array([False, True, True, False, True]))
+    made, _ = drafter({"a": drawn, "b": GOOD}, policy)
+    first, second = made.draft([request("a"), request("b")])
+    assert policy.seen.sampled.tolist() == [True, False]
+    assert first.tokens.tolist() == [1, 2]
+    assert first.draft_probs.sampled.tolist() == [True, True]
+    first.draft_probs.check(first.parents)
+    assert second.tokens.tolist() == [2]
+    assert second.draft_probs is None

@@ -319,7 +319,7 @@ class Drafter:
             estimates=likely.estimates,
             survival=likely.survival(),
             off_chain=likely.off_chain(),
-            sampled=np.zeros(len(requests), dtype=np.bool_),
+            sampled=likely.drawn,
         )
         try:
             keep = np.asarray(self._policy.trim(ctx))
@@ -342,6 +342,7 @@ class Drafter:
         except Exception as error:
             self._failed("policy_error", error)
             return [EMPTY_TREE] * len(requests)
+        keep = likely.in_drawn_order(keep)
         last.kept[:] = keep
         return likely.pick(keep)
 

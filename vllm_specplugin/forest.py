@@ -7,12 +7,14 @@ steps of the engine, so they work on arrays and not on tree objects.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_specplugin.draft import EMPTY_TREE, ROOT, DraftTree
+from vllm_specplugin.draft_probs import DraftProbs
 
 __all__ = ["Drafted", "Forest", "Labels"]
 
@@ -45,6 +47,8 @@ class Forest:
     """``[nodes]`` 1 at children of a root."""
     estimates: Floats
     """``[nodes]`` acceptance given that the parent is accepted."""
+    draft_probs: tuple[DraftProbs | None, ...] = ()
+    """``[trees]`` what each was drawn from; empty if none says so."""
 
     @classmethod
     def of(cls, trees: Sequence[DraftTree]) -> Forest:
@@ -57,12 +61,14 @@ class Forest:
         filled = [tree for tree in trees if len(tree)]
         parents = np.concatenate([tree.parents for tree in filled]).astype(np.int64)
         parents[parents >= 0] += np.repeat(starts[:-1], sizes)[parents >= 0]
+        given = tuple(tree.draft_probs for tree in trees)
         return cls(
             starts,
             np.concatenate([tree.tokens for tree in filled]).astype(np.int64),
             parents,
             np.concatenate([tree.depths for tree in filled]).astype(np.int64),
             np.concatenate([tree.estimates for tree in filled]).astype(np.float64),
+            given if any(one is not None for one in given) else (),
         )
 
     def __len__(self) -> int:
@@ -80,7 +86,7 @@ class Forest:
 
     def with_estimates(self, estimates: Floats) -> Forest:
         """The same trees with other estimates."""
-        return Forest(self.starts, self.tokens, self.parents, self.depths, estimates)
+        return replace(self, estimates=estimates)
 
     def survival(self) -> Floats:
         """``[nodes]`` product of the estimates along each node's path."""
@@ -114,6 +120,23 @@ class Forest:
         below = keep & (self.parents >= 0)
         return bool(keep[self.parents[below]].all())
 
+    @property
+    def drawn(self) -> Bools:
+        """``[trees]`` whether nodes were drawn from a distribution."""
+        given = self.draft_probs or [None] * (len(self.starts) - 1)
+        return np.array([one is not None for one in given], dtype=np.bool_)
+
+    def in_drawn_order(self, keep: Bools) -> Bools:
+        """Keeps as many nodes, but of drawn trees the first ones: which of them
+        are verified must not depend on what was drawn."""
+        if not self.draft_probs:
+            return keep
+        kept = keep.copy()
+        for tree in np.flatnonzero(self.drawn):
+            nodes = slice(self.starts[tree], self.starts[tree + 1])
+            kept[nodes] = np.arange(len(keep[nodes])) < keep[nodes].sum()
+        return kept
+
     def pick(self, keep: Bools) -> list[DraftTree]:
         """The trees of the kept nodes, each with its best chain in front.
 
@@ -125,6 +148,7 @@ class Forest:
         )
         counts[self.sizes == 0] = 0  # reduceat repeats its neighbour there
         trees = []
+        given: Any = self.draft_probs or [None] * len(counts)
         for tree, count in enumerate(counts.tolist()):
             if not count:
                 trees.append(EMPTY_TREE)
@@ -138,6 +162,7 @@ class Forest:
                 self.tokens[nodes],
                 place[np.where(parents >= 0, parents - first, -1)],
                 self.estimates[nodes],
+                given[tree] and given[tree].take(nodes - first),
             )
             trees.append(picked.chain_first())
         return trees

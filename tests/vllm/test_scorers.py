@@ -82,6 +82,33 @@ def test_greedy_text_is_the_same_under_every_lossless_scorer(
         assert [tokens[0] for tokens in got["tokens"]] == truth
 
 
+def test_a_request_limits_its_own_drafts(engine: Get, prompts: list[list[int]]) -> None:
+    one = engine("uncached")
+    truth = one.texts(prompts[:2], "none", max_tokens=20)
+
+    def drafted(**options: int) -> float:
+        """Nodes per draft."""
+        params = [
+            {
+                "temperature": 0.0,
+                "max_tokens": 20,
+                "ignore_eos": True,
+                "extra_args": {"use": "oracle", "oracle": text, **options},
+            }
+            for text in truth
+        ]
+        before = one.ask("stats")
+        got = one.ask("run", prompts=prompts[:2], params=params)
+        assert [tokens[0] for tokens in got["tokens"]] == truth
+        after = one.ask("stats")
+        drafts = after["drafts"] - before["drafts"]
+        return (after["nodes"] - before["nodes"]) / drafts if drafts else 0.0
+
+    assert drafted(spec_max_nodes=0) == 0
+    assert 1 <= drafted(spec_max_nodes=2) <= 2
+    assert drafted() > 2
+
+
 def test_a_wrong_option_fails_its_request_only(
     engine: Get, prompts: list[list[int]]
 ) -> None:

@@ -360,6 +360,9 @@ class TreeRunnerV1:
             or state.prompt_embeds is not None
         ):
             limit = 0
+        chosen = spec.scorer.options(req_id)
+        if chosen.max_nodes is not None:
+            limit = min(limit, chosen.max_nodes)
         options = params.extra_args or {}
 
         def view(nodes: int) -> RequestView:
@@ -380,6 +383,7 @@ class TreeRunnerV1:
             view=view,
             req_id=req_id,
             limit=limit,
+            floor=min(limit, chosen.min_nodes),
             num_tokens=num_tokens,
             greedy=params.temperature < 1e-5,
             options=options,
