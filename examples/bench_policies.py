@@ -3,7 +3,8 @@
     python examples/bench_policies.py --batch 1 16 --rounds 5 --json FILE
 
 Two engines run in turn on the same prompts: vLLM as it is, and vLLM with the
-plugin, whose policy is changed between runs. Ratios are taken between
+plugin, whose policy is changed between runs. Requests come in a closed loop: a
+new one takes the place of each that ends. Ratios are taken between
 neighbouring runs; the table shows their medians and quartiles.
 """
 
@@ -60,9 +61,10 @@ def generate(
     """Tokens per second, and the tokens."""
     params = [
         {"temperature": t, "max_tokens": max_tokens, "seed": 1 + i, "ignore_eos": True}
-        for i, t in enumerate(work.temperatures[:batch])
+        for i, t in enumerate(work.temperatures)
     ]
-    answer = engine.ask("run", prompts=work.prompts[:batch], params=params)
+    prompts = work.prompts
+    answer = engine.ask("run", prompts=prompts, params=params, concurrency=batch)
     tokens = [output[0] for output in answer["tokens"]]
     return sum(map(len, tokens)) / answer["seconds"], tokens
 
@@ -91,7 +93,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with plain, ours, tqdm(total=args.rounds * len(cells) * len(chosen)) as bar:
         for number in range(args.rounds):
             for name, temperature, batch in cells:
-                work = workload(name, small, batch, args.prompt_tokens,
+                work = workload(name, small, args.waves * batch, args.prompt_tokens,
                                 temperature=temperature, seed=number)  # fmt: skip
                 cell = f"{name} T={temperature:g} batch {batch}"
                 texts = {}
@@ -158,6 +160,9 @@ def main() -> None:
     parser.add_argument("--policies", nargs="*", default=["goodput"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument(
+        "--waves", type=int, default=2, help="requests per place in the batch"
+    )
     parser.add_argument("--max-nodes", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--json", type=Path, help="write the figures")

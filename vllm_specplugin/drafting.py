@@ -173,7 +173,7 @@ class Drafter:
             tree = last.place.get(req_id)
             if tree is not None and last.ends[tree] == end:
                 text[tree] = emitted[i]
-        labels = last.forest.follow(text)
+        labels = last.forest.follow(text).only(last.telling())
         owner = last.forest.owner[labels.nodes]
         self.calibration.observe(
             last.forest.estimates[labels.nodes],

@@ -32,6 +32,11 @@ class Labels:
     hits: Bools
     """Whether the text went on with the node's token."""
 
+    def only(self, which: Bools) -> Labels:
+        """Those of the nodes that ``[all nodes]`` marks."""
+        chosen = which[self.nodes]
+        return Labels(self.nodes[chosen], self.hits[chosen])
+
 
 @dataclass(frozen=True, slots=True)
 class Forest:
@@ -213,3 +218,8 @@ class Drafted:
     """``[trees]`` length of the text that each tree follows."""
     kept: Bools
     """``[nodes]`` what was sent to be verified; filled in later."""
+
+    def telling(self) -> Bools:
+        """``[nodes]`` whether the text says if the node would be accepted: of
+        drawn ones only the verified, the others would have met another coin."""
+        return self.kept | ~self.forest.drawn[self.forest.owner]

@@ -83,9 +83,10 @@ def replay_command(
     chosen = [parse_policy(text) for text in policies]
     recording = load_recording(traces)
     base = replay(recording, "shadow", batch=batch, load=load, seed=seed)
+    places = max(load or [batch or recording.concurrency])
     print(
         f"{len(recording.texts)} requests, {base.tokens} tokens, up to "
-        f"{max(load or [batch or recording.concurrency])} at a time; step times predicted within "
+        f"{places} at a time; step times predicted within "
         f"{recording.times.error:.0%} over {recording.steps} recorded steps"
     )
     print(

@@ -41,8 +41,7 @@ _ENGINE = {
     "enable_prefix_caching": True,
     "disable_log_stats": False,
 }
-# On two cores each verified token adds a tenth of a step, so only likely ones
-# pay at batch 8. On a GPU the proposer's own default fits small batches.
+
 
 @dataclass(frozen=True, slots=True)
 class Variant:

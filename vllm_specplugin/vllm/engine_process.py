@@ -9,7 +9,8 @@ standard error.
 
 Settings: ``{"model", "engine": {LLM arguments}, "speculate": {...} or null,
 "mend": bool}``. Commands: ``{"do": "run", "prompts": [text or [ids]], "params":
-[{sampling parameters}]}``, ``{"do": "stats"}``, ``{"do": "reset", "changes": {...}}``.
+[{sampling parameters}], "concurrency": most requests at a time or null}``,
+``{"do": "stats"}``, ``{"do": "reset", "changes": {...}}``.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ def run(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
     ]
     before = _spec_counters(llm)
     started = time.perf_counter()
-    outputs = llm.generate(prompts, params, use_tqdm=False)
+    if places := request.get("concurrency"):
+        outputs = _closed_loop(llm, prompts, params, places)
+    else:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - started
     after = _spec_counters(llm)
     return {
@@ -67,6 +71,27 @@ def run(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
         "logprobs": [[_logprobs(c) for c in o.outputs] for o in outputs],
         "spec": {name: after[name] - before[name] for name in after},
     }
+
+
+def _closed_loop(
+    llm: Any, prompts: list[Any], params: list[Any], places: int
+) -> list[Any]:
+    """Generates with so many requests at a time: a new one takes the place of
+    each that ends, as in a server under load."""
+    engine = llm.llm_engine
+    waiting = list(enumerate(zip(prompts, params)))[::-1]
+    outputs: dict[int, Any] = {}
+    running = 0
+    while waiting or running:
+        while waiting and running < places:
+            number, (prompt, sampling) = waiting.pop()
+            engine.add_request(str(number), prompt, sampling)
+            running += 1
+        for output in engine.step():
+            if output.finished:
+                outputs[int(output.request_id)] = output
+                running -= 1
+    return [outputs[number] for number in range(len(prompts))]
 
 
 def _sampling_params(**values: Any) -> Any:
