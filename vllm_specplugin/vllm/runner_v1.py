@@ -260,6 +260,8 @@ class TreeRunnerV1:
         )
 
     def _drawn_from(self, req_id: str, tree: DraftTree) -> DraftProbs | None:
+        if tree.draft_probs is None:
+            return None
         # A grammar cuts drafts short at a token it does not allow. Where that
         # token was drawn from q, only a rule that ignores q stays unbiased.
         params = self.requests[req_id].sampling_params
