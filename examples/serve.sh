@@ -6,5 +6,5 @@ set -euo pipefail
 model=${1:?usage: serve.sh MODEL [vLLM flags]}
 shift
 exec "${PYTHON:-python3}" -m vllm.entrypoints.openai.api_server --model "$model" \
-    --spec-proposer suffix --spec-scorer exact --spec-policy fixed \
-    --spec-max-nodes 16 --spec-policy goodput "$@"
+    --spec-proposer suffix --spec-scorer exact --spec-policy goodput \
+    --spec-max-nodes 16 "$@"

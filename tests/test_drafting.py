@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -228,6 +229,17 @@ def test_trimming_keeps_the_chosen_nodes():
     assert kept.tokens.tolist() == [2, 3]
     np.testing.assert_allclose(policy.seen.survival, [0.3, 0.6, 0.54], rtol=1e-6)
     assert policy.seen.off_chain.tolist() == [True, False, False]
+
+
+def test_a_requests_floor_holds_under_any_policy():
+    policy = Policy(budgets=[0], keep=np.array([False, False]))
+    made, _ = drafter({"a": GOOD}, policy)
+    (kept,) = made.draft([replace(request("a"), floor=2)])
+    assert kept.tokens.tolist() == [2, 1]
+    deep = DraftTree([1, 2, 3], [-1, -1, 1], [0.3, 0.6, 0.9])
+    made, _ = drafter({"a": deep}, Policy(keep=np.array([False] * 3)))
+    (kept,) = made.draft([replace(request("a"), floor=2)])
+    assert kept.tokens.tolist() == [2, 3]
 
 
 def test_a_choice_that_leaves_out_a_parent_is_refused():

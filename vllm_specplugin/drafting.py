@@ -207,7 +207,10 @@ class Drafter:
                         "return a budget per request, in order",
                     )
                 )
-            return [min(int(n), r.limit) for n, r in zip(budgets, requests)]
+            # A request's own floor holds under any policy.
+            return [
+                min(max(int(n), r.floor), r.limit) for n, r in zip(budgets, requests)
+            ]
         except Exception as error:
             self._failed("policy_error", error)
             return [0] * len(requests)
@@ -342,7 +345,7 @@ class Drafter:
         except Exception as error:
             self._failed("policy_error", error)
             return [EMPTY_TREE] * len(requests)
-        keep = likely.in_drawn_order(keep)
+        keep = likely.in_drawn_order(likely.at_least(keep, ctx.survival, ctx.floors))
         last.kept[:] = keep
         return likely.pick(keep)
 

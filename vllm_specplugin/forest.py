@@ -131,6 +131,17 @@ class Forest:
         given = self.draft_probs or [None] * (len(self.starts) - 1)
         return np.array([one is not None for one in given], dtype=np.bool_)
 
+    def at_least(self, keep: Bools, survival: Floats, floors: Sequence[int]) -> Bools:
+        """Adds to each tree its likeliest nodes until its floor is met."""
+        kept = keep.copy()
+        for tree, floor in enumerate(floors):
+            if floor:
+                first, end = int(self.starts[tree]), int(self.starts[tree + 1])
+                if int(kept[first:end].sum()) < floor:
+                    order = np.argsort(-survival[first:end], kind="stable")
+                    kept[first + order[:floor]] = True
+        return kept
+
     def in_drawn_order(self, keep: Bools) -> Bools:
         """Keeps as many nodes, but of drawn trees the first ones: which of them
         are verified must not depend on what was drawn."""
