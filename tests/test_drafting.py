@@ -151,22 +151,6 @@ def test_late_drafts_are_dropped_and_counted():
     assert metrics.propose_seconds == pytest.approx(0.21)
 
 
-def test_late_drafts_are_kept_where_ranks_must_agree():
-    ticks = iter([0.0, 0.2])
-    metrics = SpecMetrics()
-    made = Drafter(
-        Proposer({"a": GOOD}),
-        Policy(),
-        SpecConfig(proposer="none"),
-        ENGINE,
-        metrics,
-        drop_late=False,
-        clock=lambda: next(ticks),
-    )
-    assert tokens(made.draft([request("a")])) == [[2, 1]]
-    assert metrics.failures == {"timeout": 1}
-
-
 def test_one_that_keeps_failing_is_not_called_again(caplog):
     made, metrics = drafter({"a": RuntimeError("boom")}, max_failures=3)
     with caplog.at_level(logging.WARNING):

@@ -65,9 +65,6 @@ class Drafter:
         config: limits on time and on failures.
         engine: vocabulary size, to refuse tokens outside it.
         metrics: where to count.
-        drop_late: drop the drafts of calls over the time allowance. Off where
-            several ranks draft in step: their clocks differ, their drafts must
-            not.
         clock: seconds, for tests.
     """
 
@@ -79,7 +76,6 @@ class Drafter:
         engine: EngineInfo,
         metrics: SpecMetrics,
         *,
-        drop_late: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._proposer = proposer
@@ -87,7 +83,6 @@ class Drafter:
         self._config = config
         self._engine = engine
         self._metrics = metrics
-        self._drop_late = drop_late
         self._clock = clock
         self._failures_in_row = 0
         self._logged: set[str] = set()
@@ -247,7 +242,7 @@ class Drafter:
             )
         elif all(tree is not None for tree in drafted):
             self._failures_in_row = 0
-        if late and self._drop_late:
+        if late:
             return [EMPTY_TREE] * len(views)
         return [EMPTY_TREE if tree is None else tree for tree in drafted]
 

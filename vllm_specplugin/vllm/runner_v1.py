@@ -23,17 +23,15 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from vllm.v1.outputs import SamplerOutput
 
-from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.draft import DraftTree
 from vllm_specplugin.draft_probs import DraftProbs, batch_probs
-from vllm_specplugin.drafting import Drafter, DraftRequest
+from vllm_specplugin.drafting import DraftRequest
 from vllm_specplugin.interfaces import (
     RequestView,
     ScoreBatch,
@@ -41,66 +39,17 @@ from vllm_specplugin.interfaces import (
     StepOutcome,
 )
 from vllm_specplugin.layout import StepLayout, scheduled_tree
-from vllm_specplugin.metrics import SpecMetrics
 from vllm_specplugin.noise import request_seed
-from vllm_specplugin.scorers.exact import ExactScorer
-from vllm_specplugin.scoring import RequestScorer
-from vllm_specplugin.trace import TraceWriter
 from vllm_specplugin.vllm.cache_layout import prepare_layers
-from vllm_specplugin.vllm.engine_info import describe_engine
 from vllm_specplugin.vllm.kv_compaction import compact
 from vllm_specplugin.vllm.logits import gather_logprobs, process_logits
+from vllm_specplugin.vllm.state import SpecState, Step
 from vllm_specplugin.vllm.tree_attention.backend import PLAN_ATTRIBUTE
 from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan, plan_tree_rows
 
-__all__ = ["SpecState", "TreeRunnerV1"]
+__all__ = ["TreeRunnerV1"]
 
 logger = logging.getLogger(__name__)
-
-
-class _Step(NamedTuple):
-    """What one step carries from its preparation to its sampling."""
-
-    layout: StepLayout
-    plan: TreeAttentionPlan | None
-    num_tokens: int
-    started: float
-
-
-class SpecState:
-    """The plugin's part of a runner; ``runner.spec``."""
-
-    def __init__(self, config: SpecConfig, runner: Any) -> None:
-        self.config = config
-        self.engine = describe_engine(runner)
-        self.metrics = SpecMetrics()
-        self.scorer = RequestScorer(config, self.engine)
-        self.fallback_scorer = ExactScorer(None, self.engine)
-        self.drafter = Drafter(
-            build(config, "proposer", self.engine),
-            build(config, "policy", self.engine),
-            config,
-            self.engine,
-            self.metrics,
-            drop_late=runner.parallel_config.tensor_parallel_size == 1,
-        )
-        if config.trace and runner.parallel_config.rank == 0:
-            self.drafter.trace = TraceWriter(
-                Path(config.trace), config.trace_limit_mb, config.to_dict(), self.engine
-            )
-        self.trees: dict[str, DraftTree] = {}
-        """Drafts handed to the scheduler after the last step."""
-        self.seeds: dict[str, int] = {}
-        self.admitted = 0
-        self.step: _Step | None = None
-        self.idle_since = time.perf_counter()
-        """End of the last drafting."""
-        self.why_chains: str | None = "the KV cache is not allocated yet"
-
-    def close(self) -> None:
-        """Ends the trace, if one is written."""
-        if self.drafter.trace is not None:
-            self.drafter.trace.close()
 
 
 class TreeRunnerV1:
@@ -187,7 +136,7 @@ class TreeRunnerV1:
                 rows,
                 device,
             )
-        self.spec.step = _Step(layout, plan, int(num_scheduled_tokens.sum()), started)
+        self.spec.step = Step(layout, plan, int(num_scheduled_tokens.sum()), started)
         return prepared
 
     def _lay_out(self, scheduler_output: Any, num_scheduled_tokens: Any) -> StepLayout:
@@ -284,7 +233,7 @@ class TreeRunnerV1:
                 )
             return self.spec.fallback_scorer.score(batch)
 
-    def _count(self, result: ScoreResult, step: _Step) -> None:
+    def _count(self, result: ScoreResult, step: Step) -> None:
         metrics, layout = self.spec.metrics, step.layout
         sampled = ~self.discard_request_mask.np[: len(layout.trees)]
         emitting = np.flatnonzero(sampled).tolist()
@@ -331,14 +280,14 @@ class TreeRunnerV1:
         spec = self.spec
         drafting: list[int] = []
         requests: list[DraftRequest] = []
-        if spec.drafter.enabled and spec.config.proposer != "none":
+        if spec.config.proposer != "none":
             for index, sampled in enumerate(sampled_token_ids):
                 if sampled and (request := self._draft_request(index)) is not None:
                     drafting.append(index)
                     requests.append(request)
         spec.trees.clear()
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        for index, tree in zip(drafting, spec.drafter.draft(requests)):
+        for index, tree in zip(drafting, spec.draft(requests)):
             if len(tree):
                 spec.trees[self.input_batch.req_ids[index]] = tree
                 drafts[index] = tree.tokens.tolist()

@@ -62,7 +62,7 @@ class SpecWorkerMixin:
                 :class:`~vllm_specplugin.config.SpecConfig`; ``max_nodes`` may
                 only shrink below what the engine was started with.
         """
-        from vllm_specplugin.vllm.runner_v1 import SpecState
+        from vllm_specplugin.vllm.state import SpecState
 
         runner = self.model_runner  # type: ignore[attr-defined]
         old = runner.spec
@@ -82,7 +82,8 @@ def adopt(runner: Any, config: SpecConfig) -> None:
     """
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from vllm_specplugin.vllm.runner_v1 import SpecState, TreeRunnerV1
+    from vllm_specplugin.vllm.runner_v1 import TreeRunnerV1
+    from vllm_specplugin.vllm.state import SpecState
 
     if not isinstance(runner, GPUModelRunner):
         raise UnsupportedError(

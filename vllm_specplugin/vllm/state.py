@@ -1,0 +1,76 @@
+"""What the plugin keeps beside one of vLLM's runners."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vllm_specplugin.config import SpecConfig, build
+from vllm_specplugin.draft import DraftTree
+from vllm_specplugin.drafting import Drafter, DraftRequest
+from vllm_specplugin.layout import StepLayout
+from vllm_specplugin.metrics import SpecMetrics
+from vllm_specplugin.scorers.exact import ExactScorer
+from vllm_specplugin.scoring import RequestScorer
+from vllm_specplugin.trace import TraceWriter
+from vllm_specplugin.vllm.engine_info import describe_engine
+from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan
+
+__all__ = ["SpecState", "Step"]
+
+
+class Step(NamedTuple):
+    """What one step carries from its preparation to its sampling."""
+
+    layout: StepLayout
+    plan: TreeAttentionPlan | None
+    num_tokens: int
+    started: float
+
+
+class SpecState:
+    """The plugin's part of a runner; ``runner.spec``."""
+
+    def __init__(self, config: SpecConfig, runner: Any) -> None:
+        self.config = config
+        self.engine = describe_engine(runner)
+        self.metrics = SpecMetrics()
+        self.scorer = RequestScorer(config, self.engine)
+        self.fallback_scorer = ExactScorer(None, self.engine)
+        self.drafter = Drafter(
+            build(config, "proposer", self.engine),
+            build(config, "policy", self.engine),
+            config,
+            self.engine,
+            self.metrics,
+        )
+        if config.trace and runner.parallel_config.rank == 0:
+            self.drafter.trace = TraceWriter(
+                Path(config.trace), config.trace_limit_mb, config.to_dict(), self.engine
+            )
+        self.trees: dict[str, DraftTree] = {}
+        """Drafts handed to the scheduler after the last step."""
+        self.seeds: dict[str, int] = {}
+        self.admitted = 0
+        self.step: Step | None = None
+        self.idle_since = time.perf_counter()
+        """End of the last drafting."""
+        self.why_chains: str | None = "the KV cache is not allocated yet"
+
+    def close(self) -> None:
+        """Ends the trace, if one is written."""
+        if self.drafter.trace is not None:
+            self.drafter.trace.close()
+
+    def draft(self, requests: list[DraftRequest]) -> list[DraftTree]:
+        """One tree per request. Under tensor parallelism the first rank drafts
+        for all: clocks differ between ranks, and so would their choices, while
+        all of them have to lay out the same trees."""
+        from vllm.distributed.parallel_state import get_tp_group
+
+        group = get_tp_group()
+        if group.world_size == 1:
+            return self.drafter.draft(requests)
+        trees = self.drafter.draft(requests) if group.is_first_rank else None
+        return group.broadcast_object(trees, src=0)  # type: ignore[no-any-return]
