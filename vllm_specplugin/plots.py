@@ -48,7 +48,13 @@ def plot_replays(results: Sequence[Replayed], path: Path) -> None:
     load.set_ylabel("requests")
     for result in results:
         live = np.maximum(result.live_by_step, 1)
-        nodes.plot(np.array(result.nodes_by_step) / live, label=result.policy, lw=1)
+        each = np.array(result.nodes_by_step) / live
+        (line,) = nodes.plot(each, lw=0.5, alpha=0.5)
+        window = np.ones(min(8, len(each)))
+        mean = np.convolve(each, window / len(window), "valid")
+        steps = np.arange(len(mean)) + len(window) - 1
+        label = f"{result.policy} (bold: mean of 8 steps)"
+        nodes.plot(steps, mean, lw=2, color=line.get_color(), label=label)
     nodes.set_ylabel("verified nodes per request")
     nodes.set_xlabel("step")
     nodes.legend()

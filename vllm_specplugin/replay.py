@@ -197,8 +197,8 @@ def replay(
         policy: its name.
         options: its options.
         batch: requests at a time; as recorded by default.
-        load: requests at a time by step, the last entry for good; to see a
-            policy settle after a change.
+        load: requests at a time by step, for as many steps; to see a policy
+            settle after a change.
         noise: relative standard deviation of step times; by default the error
             with which the recorded ones are predicted.
         warm: whether a policy that learns step times starts with the recorded
@@ -224,12 +224,12 @@ def replay(
         start(recording.times)
     spread = recording.times.error if noise is None else noise
     imagined = _Engine(recording, config, made, spread, seed)
-    while imagined.step(
-        load[min(len(imagined.nodes), len(load) - 1)]
-        if load is not None
-        else batch or recording.concurrency
-    ):
-        pass
+    if load is not None:
+        for places in load:
+            imagined.step(places)
+    else:
+        while imagined.step(batch or recording.concurrency):
+            pass
     return imagined.result(policy)
 
 

@@ -44,8 +44,7 @@ def parse_policy(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def parse_load(text: str) -> list[int]:
-    """``1*50,32*50,1*50``: requests at a time for so many steps each; the last
-    number holds on.
+    """``1*50,32*50,1*50``: requests at a time for so many steps each.
 
     Raises:
         ConfigError: it is written otherwise.
@@ -102,13 +101,13 @@ def replay_command(
         results.append(result)
         steps = max(1, result.request_steps)
         print(
-            f"{text:<28} {result.tokens_per_s / base.tokens_per_s:>6.2f}x "
+            f"{text:<28} {_rate(result) / _rate(base):>6.2f}x "
             f"{result.tokens / steps:>11.2f} {result.nodes / steps:>10.2f} "
             f"{result.accepted / max(1, result.nodes):>8.0%} {result.coverage:>8.0%}"
         )
     print(
-        "speed: tokens per second against the same requests without drafts, drafting\n"
-        "and predicted step times included. tokens and nodes: per request and step.\n"
+        "speed: tokens per request and second against no drafts, drafting and\n"
+        "predicted step times included. tokens and nodes: per request and step.\n"
         "coverage: positions the policy drafted at for which the trace holds a draft;\n"
         "record with --spec-policy shadow for all of them."
     )
@@ -116,6 +115,12 @@ def replay_command(
         plot_replays(results, plot)
         print(f"plot written to {plot}")
     return 0
+
+
+def _rate(result: Replayed) -> float:
+    """Tokens per second of one request."""
+    mean = result.request_steps / max(1, result.steps)
+    return result.tokens_per_s / max(mean, 1e-9)
 
 
 def tune_command(
