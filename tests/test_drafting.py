@@ -143,12 +143,13 @@ def test_a_wrong_number_of_trees_is_refused():
 
 
 def test_late_drafts_are_dropped_and_counted():
-    ticks = iter([0.0, 0.2, 1.0, 1.01])
+    ticks = iter([0.0, 0.0, 0.2, 0.2, 1.0, 1.0, 1.01, 1.02])
     made, metrics = drafter({"a": GOOD}, clock=lambda: next(ticks))
     assert tokens(made.draft([request("a")])) == [[]]
     assert metrics.failures == {"timeout": 1}
     assert tokens(made.draft([request("a")])) == [[2, 1]]
     assert metrics.propose_seconds == pytest.approx(0.21)
+    assert made.draft_seconds == pytest.approx(0.02)
 
 
 def test_one_that_keeps_failing_is_not_called_again(caplog):

@@ -94,6 +94,7 @@ class Drafter:
         self.draft_requests = 0
         """Requests of the last call of the proposer; 0 if it was not called."""
         self.draft_seconds = 0.0
+        """Time of the last drafting, choosing nodes included."""
 
     def draft(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
         """One tree per request, each with its best chain in front."""
@@ -108,11 +109,16 @@ class Drafter:
         wanted = [i for i, n in enumerate(budgets) if n > 0]
         if not wanted:
             return trees
+        started = self._clock()
         views = [requests[i].view(budgets[i]) for i in wanted]
         for i, tree in zip(wanted, self._propose(views)):
             trees[i] = tree.best_chain() if requests[i].chain_only else tree
         last = self._last = _remember(requests, wanted, Forest.of(trees))
-        return self._trim(requests, last) if len(last.forest) else trees
+        if len(last.forest):
+            trees = self._trim(requests, last)
+        self.draft_requests = len(wanted)
+        self.draft_seconds = self._clock() - started
+        return trees
 
     def release(self, req_ids: Sequence[str]) -> None:
         """Tells proposer and policy that requests are gone."""
@@ -225,11 +231,9 @@ class Drafter:
                 else self._lost(views, error)
             )
         seconds = self._clock() - started
-        self.draft_requests, self.draft_seconds = len(views), seconds
         metrics.propose_calls += 1
         metrics.propose_seconds += seconds
-        late = seconds * 1e3 > self._config.draft_timeout_ms
-        if late:
+        if seconds * 1e3 > self._config.draft_timeout_ms:
             self._failed(
                 "timeout",
                 TimeoutError(
@@ -240,10 +244,9 @@ class Drafter:
                     )
                 ),
             )
-        elif all(tree is not None for tree in drafted):
-            self._failures_in_row = 0
-        if late:
             return [EMPTY_TREE] * len(views)
+        if all(tree is not None for tree in drafted):
+            self._failures_in_row = 0
         return [EMPTY_TREE if tree is None else tree for tree in drafted]
 
     def _propose_alone(self, view: RequestView) -> DraftTree | None:
@@ -383,6 +386,6 @@ def _remember(
 
 def _no_deeper(tree: DraftTree, max_depth: int) -> DraftTree:
     """Cuts nodes that could never be emitted."""
-    if tree.max_depth <= max_depth:
+    if len(tree) <= max_depth or tree.max_depth <= max_depth:
         return tree
     return tree.take((tree.depths <= max_depth).nonzero()[0])
