@@ -114,8 +114,10 @@ def _list(_: argparse.Namespace) -> int:
     for role, registry in ROLES.items():
         plural = "policies" if role == "policy" else f"{role}s"
         print(f"{plural}:")
-        for name, source in registry.names().items():
-            print(f"  {name:<16} {source}")
+        names = registry.names()
+        width = max(map(len, names), default=0)
+        for name, source in names.items():
+            print(f"  {name:<{width}} {source}")
     return 0
 
 

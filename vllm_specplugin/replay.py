@@ -32,7 +32,7 @@ from vllm_specplugin.metrics import SpecMetrics
 from vllm_specplugin.steptime import StepShape, StepTimeModel
 from vllm_specplugin.trace import TraceError, read_trace
 
-__all__ = ["Recording", "Replayed", "load_recording", "replay"]
+__all__ = ["Recording", "Replayed", "load_recording", "policy_config", "replay"]
 
 
 @dataclass(slots=True)
@@ -179,6 +179,27 @@ class _Clock:
         return self.now
 
 
+def policy_config(
+    policy: str, options: Mapping[str, Any] | None, max_nodes: int
+) -> SpecConfig:
+    """A configuration in which a policy keeps nothing on disk.
+
+    Raises:
+        ConfigError: there is no such policy or option.
+    """
+    options = dict(options or {})
+    if policy == "goodput":
+        options.setdefault("persist", False)
+    return SpecConfig.from_dict(
+        {
+            "proposer": "none",
+            "policy": policy,
+            "options": {"policy": options},
+            "max_nodes": max_nodes,
+        }
+    )
+
+
 def replay(
     recording: Recording,
     policy: str,
@@ -208,17 +229,7 @@ def replay(
     Raises:
         ConfigError: there is no such policy or option.
     """
-    options = dict(options or {})
-    if policy == "goodput":
-        options.setdefault("persist", False)
-    config = SpecConfig.from_dict(
-        {
-            "proposer": "none",
-            "policy": policy,
-            "options": {"policy": options},
-            "max_nodes": recording.engine.max_nodes,
-        }
-    )
+    config = policy_config(policy, options, recording.engine.max_nodes)
     made = build(config, "policy", recording.engine)
     if warm and (start := getattr(made, "start_warm", None)) is not None:
         start(recording.times)

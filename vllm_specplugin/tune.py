@@ -13,7 +13,7 @@ from vllm_specplugin.engines import EngineProcess
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.plots import plot_replays, plot_tuning, require_matplotlib
 from vllm_specplugin.prompt_files import PromptFileError, read_prompts
-from vllm_specplugin.replay import Replayed, load_recording, replay
+from vllm_specplugin.replay import Replayed, load_recording, policy_config, replay
 from vllm_specplugin.trace import read_trace
 
 __all__ = ["parse_load", "parse_policy", "replay_command", "tune_command"]
@@ -81,6 +81,8 @@ def replay_command(
         require_matplotlib()
     chosen = [parse_policy(text) for text in policies]
     recording = load_recording(traces)
+    for name, options in chosen:  # before anything is printed
+        policy_config(name, options, recording.engine.max_nodes)
     base = replay(recording, "shadow", batch=batch, load=load, seed=seed)
     places = max(load or [batch or recording.concurrency])
     print(
