@@ -28,18 +28,19 @@ def taught(steps=400, *, noise=0.08, spikes=0.0, graphs=(), law=truth, seed=0):
         attended = (requests + nodes) * rng.random() * 4
         seconds = law(requests, nodes, attended) * rng.lognormal(0, noise)
         if rng.random() < spikes:
-            seconds *= 10
+            seconds *= 20
         model.observe(shape(requests, nodes, attended), seconds, 0.001)
     return model
 
 
-@pytest.mark.parametrize("spikes", [0.0, 0.03])
+@pytest.mark.parametrize("spikes", [0.0, 0.08])
 def test_the_price_of_nodes_is_learnt_in_spite_of_noise(spikes):
     model = taught(spikes=spikes)
     assert model.ready
     for requests, nodes in [(1, 0), (1, 16), (8, 8), (8, 56)]:
         predicted = float(model.seconds(shape(requests, nodes))[0]) - 0.001
-        assert predicted == pytest.approx(truth(requests, nodes), rel=0.08)
+        allowed = 0.15 if spikes else 0.08
+        assert predicted == pytest.approx(truth(requests, nodes), rel=allowed)
     assert 0.03 < model.error < (0.35 if spikes else 0.12)
 
 

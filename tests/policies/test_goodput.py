@@ -155,6 +155,29 @@ def test_nodes_go_to_the_requests_they_pay_for():
     assert keep[:8].sum() >= 6 and not keep[8:].any()
 
 
+def test_a_drawn_node_is_not_judged_by_what_follows_it():
+    """On stairs of captured sizes the first node pays only if its descendants
+    fill the step. A deterministic draft may be chosen so; a drawn one may not,
+    as what follows a token depends on its value."""
+    stairs = EngineInfo(
+        vocab_size=9,
+        max_model_len=9,
+        max_num_seqs=9,
+        max_nodes=8,
+        graph_sizes=(1, 8),
+    )
+
+    def keeps(later, sampled):
+        made = policy(stairs)
+        for nodes in (0, 7) * 100:
+            made.observe(outcome([nodes], [0], 0.01 if nodes == 0 else 0.016))
+        tree = chains([0.5, *[later] * 6])
+        return bool(made.trim(context(tree, sampled=sampled))[0])
+
+    assert (keeps(0.95, False), keeps(0.01, False)) == (True, False)
+    assert keeps(0.95, True) == keeps(0.01, True)
+
+
 def test_floors_are_kept_and_limits_are_for_the_proposer():
     made = policy()
     for nodes in (0, 4, 8, 16) * 40:
