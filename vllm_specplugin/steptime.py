@@ -117,7 +117,7 @@ class LinearTime:
         bound = 3 * self._noise
         if off > bound:
             weight *= bound / off
-        weight /= (self._noise * max(value, expected)) ** 2
+        weight /= (self._noise * expected) ** 2
         keep = self._keep
         self._information *= keep
         self._information += (1 - keep) * self._prior
