@@ -105,7 +105,12 @@ class Engine(EngineProcess):
         }
 
 
-def start(name: str, speculate: dict[str, Any] | None, **engine: Any) -> Engine:
+def start(
+    name: str,
+    speculate: dict[str, Any] | None,
+    environment: dict[str, str] | None = None,
+    **engine: Any,
+) -> Engine:
     return Engine(
         name,
         {
@@ -113,7 +118,7 @@ def start(name: str, speculate: dict[str, Any] | None, **engine: Any) -> Engine:
             "engine": {**_BASE, **engine},
             "speculate": speculate,
         },
-        environment={"PYTHONPATH": str(HERE / "support")},
+        environment={"PYTHONPATH": str(HERE / "support"), **(environment or {})},
         module="spec_child",
     )
 
