@@ -14,7 +14,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from vllm_specplugin.draft import MAX_NODES
 from vllm_specplugin.errors import ConfigError, complain
@@ -108,6 +108,8 @@ def _check(value: Any, hint: Any, field: dataclasses.Field[Any], where: str) -> 
     low, high, choices = meta.get("low"), meta.get("high"), meta.get("choices")
     remedy = f"see its help ({meta.get('help', field.name)})"
     kind = hint if isinstance(hint, type) else object
+    if get_origin(hint) is Mapping:
+        kind = Mapping
     # bool is an int in Python, but `true` is no number of nodes.
     ok = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

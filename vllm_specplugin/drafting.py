@@ -39,6 +39,10 @@ __all__ = ["DraftRequest", "Drafter"]
 logger = logging.getLogger(__name__)
 
 
+def _plain(views: Sequence[RequestView], rate: float) -> ProposeContext:
+    return ProposeContext(requests=views, rate=rate)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftRequest:
     """A request that goes on after this step."""
@@ -66,6 +70,8 @@ class Drafter:
         engine: vocabulary size, to refuse tokens outside it.
         metrics: where to count.
         clock: seconds, for tests.
+        context: makes what the proposer is shown, given the requests and the
+            policy's rate.
     """
 
     def __init__(
@@ -77,7 +83,9 @@ class Drafter:
         metrics: SpecMetrics,
         *,
         clock: Callable[[], float] = time.perf_counter,
+        context: Callable[[Sequence[RequestView], float], ProposeContext] = _plain,
     ) -> None:
+        self._context = context
         self._proposer = proposer
         self._policy = policy
         self._config = config
@@ -221,7 +229,7 @@ class Drafter:
         started = self._clock()
         try:
             drafted = self._checked(
-                views, self._proposer.propose(ProposeContext(requests=views))
+                views, self._proposer.propose(self._context(views, self._rate()))
             )
         except Exception as error:
             # One request may have spoilt the call for all: ask one by one.
@@ -249,11 +257,14 @@ class Drafter:
             self._failures_in_row = 0
         return [EMPTY_TREE if tree is None else tree for tree in drafted]
 
+    def _rate(self) -> float:
+        return float(getattr(self._policy, "rate", 0.0))
+
     def _propose_alone(self, view: RequestView) -> DraftTree | None:
         if not self.enabled:
             return None
         try:
-            ctx = ProposeContext(requests=[view])
+            ctx = self._context([view], self._rate())
             return self._checked([view], self._proposer.propose(ctx))[0]
         except Exception as error:
             return self._lost([view], error)[0]

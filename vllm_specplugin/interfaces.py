@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BudgetContext",
+    "DraftModel",
     "EngineInfo",
     "LengthPolicy",
+    "NativeDrafts",
     "ProposeContext",
     "Proposer",
     "RequestView",
@@ -85,20 +87,87 @@ class RequestView:
     """The request's own options (``SamplingParams.extra_args``)."""
 
 
+class DraftModel(Protocol):
+    """The draft model that the engine loaded, during one drafting.
+
+    Requests are named by their index in :attr:`ProposeContext.requests`.
+    """
+
+    def roots(self) -> tuple[npt.NDArray[np.int64], torch.Tensor]:
+        """What the draft model expects after each request's last token.
+
+        Brings its keys and values up to date first. Requests with more new
+        tokens than one pass takes are left out, and are further on next time.
+
+        Returns:
+            ``[n]`` indices of requests, ascending, and ``[n, vocab]`` logits.
+        """
+        ...
+
+    def extend(
+        self,
+        owners: npt.NDArray[np.int64],
+        parents: npt.NDArray[np.int64],
+        tokens: npt.NDArray[np.int64],
+    ) -> torch.Tensor:
+        """Runs nodes of draft trees through the draft model.
+
+        Nodes are numbered in the order in which they come, from 0, over all
+        requests and calls since :meth:`roots`.
+
+        Args:
+            owners: ``[m]`` request of each node, ascending.
+            parents: ``[m]`` number of the node's parent, -1 for the root.
+            tokens: ``[m]``.
+
+        Returns:
+            ``[m, vocab]`` logits after each node.
+        """
+        ...
+
+    def capacity(self, owner: int) -> int:
+        """How many nodes of a request can still be extended."""
+        ...
+
+
+class NativeDrafts(Protocol):
+    """vLLM's own drafter, during one drafting."""
+
+    def draft(self, length: int) -> tuple[Sequence[Sequence[int]], torch.Tensor | None]:
+        """Has the drafter draft chains of up to ``length`` tokens.
+
+        Returns:
+            The chains, one for each of :attr:`ProposeContext.requests`, and
+            ``[requests, length, vocab]`` probabilities they were drawn from,
+            ``None`` for tokens chosen without chance.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProposeContext:
     """A batch of requests that want drafts."""
 
     requests: Sequence[RequestView]
+    draft_model: DraftModel | None = None
+    """For a proposer whose ``speculative`` asked for a draft model."""
+    native: NativeDrafts | None = None
+    """For a proposer whose ``speculative`` asked for another of vLLM's methods."""
+    rate: float = 0.0
+    """Tokens per second that the engine emits now, if the policy knows: what a
+    second of drafting has to win. 0 if unknown."""
 
 
 @runtime_checkable
 class Proposer(Protocol):
     """Drafts one tree per request.
 
-    Built once per worker as ``Factory(config, engine)``. Must be deterministic
-    in what it is shown: tensor-parallel ranks each run their own copy and have
-    to draft the same trees.
+    Built once per worker as ``Factory(config, engine)``. Under tensor
+    parallelism the first rank drafts for all.
+
+    A class that drafts with something of vLLM's has a class method
+    ``speculative(config) -> Mapping``: what vLLM's ``speculative_config`` gets,
+    ``method`` and ``model`` among it.
     """
 
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
@@ -277,7 +346,8 @@ class LengthPolicy(Protocol):
     built-in ones are given the keyed noise, may be trimmed freely.
 
     A policy may also have a method ``snapshot() -> dict`` of plain data for the
-    statistics, and ``release(req_ids)``, called as a proposer's.
+    statistics, ``release(req_ids)``, called as a proposer's, and a property
+    ``rate``: the tokens per second it thinks the engine emits.
     """
 
     def budget(self, ctx: BudgetContext) -> Sequence[int]:

@@ -121,6 +121,7 @@ PROPOSERS = Registry(
     "proposer",
     "vllm_specplugin.proposers",
     {
+        "draft_model": "vllm_specplugin.proposers.draft_model:DraftModelProposer",
         "none": "vllm_specplugin.proposers.none:NoProposer",
         "ngram": "vllm_specplugin.proposers.ngram:NgramProposer",
         "suffix": "vllm_specplugin.proposers.suffix:SuffixProposer",

@@ -108,6 +108,11 @@ class GoodputPolicy:
         """Starts from measured step times, as a restart would."""
         self._times.restore(times.state())
 
+    @property
+    def rate(self) -> float:
+        """Tokens per second expected of the last steps; 0 before any."""
+        return self._rate
+
     # ------------------------------------------------------------ deciding
 
     def budget(self, ctx: BudgetContext) -> Sequence[int]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_specplugin.config import CONFIG_KEY, SpecConfig
+from vllm_specplugin.config import CONFIG_KEY, SpecConfig, resolve
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.vllm.upstream import check_version
 
@@ -43,8 +43,7 @@ def engine_arguments(
     return {
         "worker_cls": WORKER,
         "speculative_config": {
-            "method": "custom_class",
-            "model": DRAFTER,
+            **_drafter(config),
             "num_speculative_tokens": drafted,
             # One entry for every batch size. Its presence makes the scheduler
             # take drafts as they come instead of padding new requests with
@@ -53,6 +52,14 @@ def engine_arguments(
         },
         "additional_config": {CONFIG_KEY: config.to_dict()},
     }
+
+
+def _drafter(config: SpecConfig) -> Mapping[str, Any]:
+    """What of vLLM's drafts: nothing, unless the proposer asks for it."""
+    factory, options = resolve(config, "proposer")
+    ask = getattr(factory, "speculative", None)
+    asked = None if ask is None else ask(options)
+    return asked or {"method": "custom_class", "model": DRAFTER}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

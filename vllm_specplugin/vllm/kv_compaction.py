@@ -42,6 +42,8 @@ def compact(runner: Any, plan: TreeAttentionPlan, moves: Sequence[Move]) -> int:
     for gid, group in enumerate(runner.kv_cache_config.kv_cache_groups):
         slots = runner.input_batch.block_table[gid].slot_mapping.gpu[rows]
         for name in group.layer_names:
+            if name not in plan.kept:  # a draft model's: it keeps its own
+                continue
             layer = context[name]
             key, value = plan.kept[name]
             layer.impl.do_kv_cache_update(

@@ -41,6 +41,7 @@ from vllm_specplugin.interfaces import (
 from vllm_specplugin.layout import StepLayout, scheduled_tree
 from vllm_specplugin.noise import request_seed
 from vllm_specplugin.vllm.cache_layout import prepare_layers
+from vllm_specplugin.vllm.draft_lm import draft_layers, load_draft_model
 from vllm_specplugin.vllm.kv_compaction import compact
 from vllm_specplugin.vllm.logits import gather_logprobs, process_logits
 from vllm_specplugin.vllm.state import SpecState, Step
@@ -51,6 +52,9 @@ __all__ = ["TreeRunnerV1"]
 
 logger = logging.getLogger(__name__)
 
+_VALID_TOKENS = 3
+"""Of what ``_bookkeeping_sync`` returns: the tokens each request emitted."""
+
 
 class TreeRunnerV1:
     """Mixed into vLLM's runner class by the worker."""
@@ -60,6 +64,7 @@ class TreeRunnerV1:
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kw: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kw)  # type: ignore[misc]
         self.spec.why_chains = self._why_chains()
+        self.spec.draft_model = load_draft_model(self)
 
     def _why_chains(self) -> str | None:
         """Why this engine verifies chains only, or ``None`` for trees."""
@@ -79,6 +84,7 @@ class TreeRunnerV1:
             name: context[name]
             for group in runner.kv_cache_config.kv_cache_groups
             for name in group.layer_names
+            if name not in draft_layers(runner)
         }
         if foreign := [name for name, x in layers.items() if not hasattr(x, "impl")]:
             return f"it has layers that are not attention ({foreign[0]})"
@@ -96,6 +102,9 @@ class TreeRunnerV1:
                 spec.trees.pop(req_id, None)
                 spec.seeds.pop(req_id, None)
         corrections = super()._update_states(scheduler_output)  # type: ignore[misc]
+        if spec.draft_model is not None:
+            spec.draft_model.release(finished)
+            spec.draft_model.follow(scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
             params = new.sampling_params
             spec.scorer.admit(new.req_id, params.extra_args if params else None)
@@ -277,6 +286,21 @@ class TreeRunnerV1:
     def propose_draft_token_ids(
         self, scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any
     ) -> list[list[int]]:
+        if isinstance(sampled_token_ids, list):
+            return self._draft(sampled_token_ids)
+        # A model that vLLM drafts with is called before the sampled tokens are
+        # booked; a whole context is known after.
+        self.spec.drafts_wait = True
+        return [[] for _ in self.input_batch.req_ids]
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        booked = super()._bookkeeping_sync(*args, **kwargs)  # type: ignore[misc]
+        if self.spec.drafts_wait:
+            self.spec.drafts_wait = False
+            self._draft_token_ids = self._draft(booked[_VALID_TOKENS])
+        return booked
+
+    def _draft(self, sampled_token_ids: list[list[int]]) -> list[list[int]]:
         spec = self.spec
         drafting: list[int] = []
         requests: list[DraftRequest] = []

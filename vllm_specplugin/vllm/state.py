@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.draft import DraftTree
 from vllm_specplugin.drafting import Drafter, DraftRequest
+from vllm_specplugin.interfaces import ProposeContext, RequestView
 from vllm_specplugin.layout import StepLayout
 from vllm_specplugin.metrics import SpecMetrics
 from vllm_specplugin.scorers.exact import ExactScorer
 from vllm_specplugin.scoring import RequestScorer
 from vllm_specplugin.trace import TraceWriter
+from vllm_specplugin.vllm.draft_lm import PagedDraftModel
 from vllm_specplugin.vllm.engine_info import describe_engine
 from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan
 
@@ -34,6 +37,7 @@ class SpecState:
 
     def __init__(self, config: SpecConfig, runner: Any) -> None:
         self.config = config
+        self._runner = runner
         self.engine = describe_engine(runner)
         self.metrics = SpecMetrics()
         self.scorer = RequestScorer(config, self.engine)
@@ -44,6 +48,7 @@ class SpecState:
             config,
             self.engine,
             self.metrics,
+            context=self._context,
         )
         if config.trace and runner.parallel_config.rank == 0:
             self.drafter.trace = TraceWriter(
@@ -54,9 +59,23 @@ class SpecState:
         self.seeds: dict[str, int] = {}
         self.admitted = 0
         self.step: Step | None = None
+        self.draft_model: PagedDraftModel | None = None
+        """Beside the runner from the time its caches exist, if it has one."""
+        self.drafts_wait = False
+        """Whether drafts are due once the sampled tokens are booked."""
         self.idle_since = time.perf_counter()
         """End of the last drafting."""
         self.why_chains: str | None = "the KV cache is not allocated yet"
+
+    def _context(self, views: Sequence[RequestView], rate: float) -> ProposeContext:
+        model, session = self.draft_model, None
+        if model is not None:
+            index = self._runner.input_batch.req_id_to_index
+            session = model.session(
+                [index[view.req_id] for view in views],
+                [len(view.tokens) for view in views],
+            )
+        return ProposeContext(requests=views, draft_model=session, rate=rate)
 
     def close(self) -> None:
         """Ends the trace, if one is written."""

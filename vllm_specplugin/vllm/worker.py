@@ -70,6 +70,7 @@ class SpecWorkerMixin:
         config = SpecConfig.from_dict({**old.config.to_dict(), **(changes or {})})
         runner.spec = SpecState(config, runner)
         runner.spec.why_chains = old.why_chains
+        runner.spec.draft_model = old.draft_model
         runner.spec.seeds, runner.spec.admitted = old.seeds, old.admitted
 
 

@@ -16,7 +16,11 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_specplugin.vllm.tree_attention import cpu, reference
-from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan
+from vllm_specplugin.vllm.tree_attention.plan import (
+    DraftRows,
+    TreeAttentionPlan,
+    TreeRows,
+)
 
 __all__ = ["PLAN_ATTRIBUTE", "TreeImpl", "register_tree_backends"]
 
@@ -47,6 +51,12 @@ class TreeImpl:
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if isinstance(attn_metadata, DraftRows):
+            attended = self.attend_tree(
+                query, kv_cache, attn_metadata.block_table, attn_metadata.rows
+            )
+            output.view(attended.shape).copy_(attended)
+            return output
         result: torch.Tensor = super().forward(  # type: ignore[misc]
             layer,
             query,
@@ -63,7 +73,7 @@ class TreeImpl:
             plan.keep(layer.layer_name, key, value)
             index = plan.query_index
             rows = self.attend_tree(
-                query[index], kv_cache, attn_metadata.block_table, plan
+                query[index], kv_cache, attn_metadata.block_table, plan.rows
             )
             output.view(output.shape[0], *rows.shape[1:])[index] = rows.to(output.dtype)
         return result
@@ -73,9 +83,9 @@ class TreeImpl:
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         block_table: torch.Tensor,
-        plan: TreeAttentionPlan,
+        rows: TreeRows,
     ) -> torch.Tensor:
-        """``[m, heads, head_size]`` attention of the plan's rows."""
+        """``[m, heads, head_size]`` attention of the given rows."""
         scale: float = self.scale  # type: ignore[attr-defined]
         read = self.read_blocks
         if (
@@ -84,11 +94,9 @@ class TreeImpl:
             and kv_cache.dtype in cpu.SUPPORTED_DTYPES
             and kv_cache.is_contiguous()
         ):
-            return cpu.tree_attention(query, kv_cache, block_table, plan.rows, scale)
+            return cpu.tree_attention(query, kv_cache, block_table, rows, scale)
         assert read is not None, "a plan was made for a layer without a reader"
-        return reference.tree_attention(
-            query, kv_cache, block_table, plan.rows, scale, read
-        )
+        return reference.tree_attention(query, kv_cache, block_table, rows, scale, read)
 
 
 def register_tree_backends() -> None:

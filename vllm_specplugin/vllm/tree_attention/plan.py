@@ -12,7 +12,7 @@ import torch
 
 from vllm_specplugin.draft import DraftTree
 
-__all__ = ["TreeAttentionPlan", "TreeRows", "plan_tree_rows"]
+__all__ = ["DraftRows", "TreeAttentionPlan", "TreeRows", "plan_tree_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,16 @@ class TreeRows:
     nodes: npt.NDArray[np.uint64]
     """``[m]`` bit ``j`` is set where node ``j``, at position ``context + j`` of
     the KV cache, is visible."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRows:
+    """Attention metadata of a step that has nothing but nodes of draft trees: a
+    level of a draft model."""
+
+    rows: TreeRows
+    block_table: torch.Tensor
+    """``[requests, max_blocks]`` int32."""
 
 
 def plan_tree_rows(

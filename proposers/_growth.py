@@ -1,0 +1,247 @@
+"""Growing draft trees with a draft model, level by level, for a whole batch.
+
+With target logits z and draft logits l (divided by the temperature T, and cut
+by top-k and top-p as the request asks), the scorer ``exact`` emits
+``argmax_v z_v / T + G_v`` with noise G known by key. Children of a node are the
+tokens with the largest *keys*::
+
+    k_v = T (l_v / T + G_v)                     (coupled; 2408.07978, 2506.05632)
+
+which at T = 0 are the logits. What is left uncertain is how far the draft
+model's logits are off. If that is Gumbel noise of scale s, child v is accepted
+with probability::
+
+    a_v = exp(k_v / s) / sum_w exp(k_w / s)
+
+s is learnt from what the target emitted. For T = 0 and s = 1 this is the draft
+model's own probability, which EAGLE-2 (2406.16858) takes for acceptance.
+
+Trees grow as in EAGLE-2 and OPT-Tree (2406.17276): of each level the nodes with
+the highest path probability are run through the draft model, and in the end all
+candidates compete for the budget. A level is run only if what it is expected to
+add is worth the time it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_specplugin.draft import EMPTY_TREE, DraftTree
+from vllm_specplugin.interfaces import DraftModel, RequestView
+from vllm_specplugin.noise import gumbel_rows
+
+__all__ = ["Candidates", "Shape", "children", "grow"]
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """How trees grow."""
+
+    depth: int
+    """Most levels."""
+    width: int
+    """Most nodes per request and level that are run through the model."""
+    siblings: int
+    """Most children of a node."""
+    min_survival: float
+    """Nodes less likely to be accepted are neither run nor drafted."""
+    coupled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Children of ``m`` nodes: ``[m, siblings]``, most likely first."""
+
+    tokens: Ints
+    estimates: Floats
+
+
+def children(
+    logits: torch.Tensor,
+    views: Sequence[RequestView],
+    owners: Ints,
+    depth: int,
+    shape: Shape,
+    spread: float,
+) -> Candidates:
+    """The likeliest next tokens after some nodes.
+
+    Args:
+        logits: ``[m, vocab]`` of the draft model; overwritten.
+        views: the requests.
+        owners: ``[m]`` which of them each row belongs to.
+        depth: of the children.
+        shape: how many there may be.
+        spread: s above.
+    """
+    temperatures = np.array([views[i].temperature for i in owners.tolist()])
+    drawing = np.flatnonzero(temperatures > 0) if shape.coupled else np.zeros(0, int)
+    if len(drawing):
+        rows = torch.from_numpy(drawing).to(logits.device)
+        logits[rows] = _cut(logits[rows], [views[owners[i]] for i in drawing.tolist()])
+        own, place = np.unique(owners[drawing], return_inverse=True)
+        noise = gumbel_rows(
+            np.array([views[i].seed for i in own.tolist()], dtype=np.uint64),
+            np.array([len(views[i].tokens) + depth - 1 for i in own.tolist()]),
+            logits.shape[1],
+            logits.device,
+        )
+        scale = torch.from_numpy(temperatures[drawing].astype(np.float32))
+        index = torch.from_numpy(place).to(logits.device)
+        logits[rows] += noise[index] * scale.to(logits.device)[:, None]
+    keys, tokens = logits.topk(min(shape.siblings, logits.shape[1]), dim=-1)
+    total = torch.logsumexp(logits / spread, dim=-1, keepdim=True)
+    estimates = torch.exp(keys / spread - total)
+    return Candidates(
+        tokens.cpu().numpy(), estimates.double().cpu().numpy().clip(0.0, 1.0)
+    )
+
+
+def _cut(logits: torch.Tensor, views: Sequence[RequestView]) -> torch.Tensor:
+    """Drops what top-k and top-p of the requests would."""
+    size = logits.shape[1]
+    tops = np.array([v.top_k or size for v in views])
+    masses = np.array([v.top_p for v in views])
+    if (tops >= size).all() and (masses >= 1).all():
+        return logits
+    device = logits.device
+    scale = torch.tensor([v.temperature for v in views], device=device)[:, None]
+    ordered, order = logits.sort(dim=-1, descending=True)
+    probs = (ordered / scale).softmax(dim=-1)
+    out = (
+        torch.arange(size, device=device) >= torch.from_numpy(tops).to(device)[:, None]
+    )
+    probs = probs.masked_fill(out, 0.0)
+    probs /= probs.sum(dim=-1, keepdim=True)
+    above = probs.cumsum(dim=-1) - probs
+    out |= above >= torch.from_numpy(masses).to(device, probs.dtype)[:, None]
+    out[:, 0] = False
+    return logits.masked_fill(out.scatter(1, order, out), float("-inf"))
+
+
+class _Pool:
+    """All candidates of one drafting, level after level."""
+
+    def __init__(self) -> None:
+        self.owners = np.zeros(0, dtype=np.int64)
+        self.parents = np.zeros(0, dtype=np.int64)
+        self.tokens = np.zeros(0, dtype=np.int64)
+        self.estimates = np.zeros(0)
+        self.survival = np.zeros(0)
+        self.numbers = np.zeros(0, dtype=np.int64)
+        """The draft model's numbers of those that were run through it, or -1."""
+
+    def add(self, owners: Ints, rows: Ints, found: Candidates, least: float) -> Ints:
+        """Adds the children of some rows.
+
+        Args:
+            owners: ``[m]`` request of each row.
+            rows: ``[m]`` candidate that each row is, -1 for roots.
+            found: their children.
+            least: survival below which they are left out.
+
+        Returns:
+            The new candidates.
+        """
+        width = found.tokens.shape[1]
+        parents = np.repeat(rows, width)
+        estimates = found.estimates.ravel()
+        above = (
+            np.where(parents >= 0, self.survival[parents], 1.0)
+            if len(self.survival)
+            else np.ones(len(parents))
+        )
+        survival = above * estimates
+        kept = np.flatnonzero(survival >= max(least, 1e-9))
+        start = len(self.owners)
+        self.owners = np.concatenate([self.owners, np.repeat(owners, width)[kept]])
+        self.parents = np.concatenate([self.parents, parents[kept]])
+        self.tokens = np.concatenate([self.tokens, found.tokens.ravel()[kept]])
+        self.estimates = np.concatenate([self.estimates, estimates[kept]])
+        self.survival = np.concatenate([self.survival, survival[kept]])
+        self.numbers = np.concatenate([self.numbers, np.full(len(kept), -1)])
+        return np.arange(start, len(self.owners))
+
+    def best(self, among: Ints, most: Ints) -> Ints:
+        """The likeliest of some candidates of each request, requests ascending,
+        likeliest first.
+
+        Args:
+            among: candidates.
+            most: ``[requests]`` how many of each request.
+        """
+        order = among[np.lexsort((-self.survival[among], self.owners[among]))]
+        owners = self.owners[order]
+        rank = np.arange(len(order)) - np.searchsorted(owners, owners)
+        kept: Ints = order[rank < most[owners]]
+        return kept
+
+    def trees(self, views: Sequence[RequestView]) -> list[DraftTree]:
+        """The best tree of each request within its budget."""
+        trees = [EMPTY_TREE] * len(views)
+        most = np.array([view.max_nodes for view in views])
+        # A child is less likely than its parent, and comes later where equal.
+        chosen = self.best(np.arange(len(self.owners)), most)
+        starts = np.searchsorted(self.owners[chosen], np.arange(len(views) + 1))
+        place = np.full(len(self.owners) + 1, -1)  # [-1] is the root
+        for i, (start, end) in enumerate(zip(starts.tolist(), starts[1:].tolist())):
+            if start < end:
+                nodes = chosen[start:end]
+                place[nodes] = np.arange(len(nodes))
+                trees[i] = DraftTree(
+                    self.tokens[nodes],
+                    place[self.parents[nodes]],
+                    self.estimates[nodes],
+                )
+        return trees
+
+
+def grow(
+    model: DraftModel,
+    views: Sequence[RequestView],
+    shape: Shape,
+    spread: float,
+    worth: Callable[[float, int], bool],
+) -> list[DraftTree]:
+    """One tree per request.
+
+    Args:
+        model: the draft model.
+        views: the requests.
+        shape: limits of the trees.
+        spread: how far the model's logits are off, s above.
+        worth: whether to run a level, given the accepted tokens it is expected
+            to add and its number of nodes.
+    """
+    pool = _Pool()
+    owners, logits = model.roots()
+    rows = np.full(len(owners), -1)
+    deepest = np.array([view.max_depth for view in views])
+    run = 0
+    for depth in range(1, shape.depth + 1):
+        if not len(owners):
+            break
+        found = children(logits, views, owners, depth, shape, spread)
+        level = pool.add(owners, rows, found, shape.min_survival)
+        rows = pool.best(
+            level[deepest[pool.owners[level]] > depth],
+            np.array([min(shape.width, model.capacity(i)) for i in range(len(views))]),
+        )
+        hope = float(found.estimates.sum(axis=1).mean())
+        gain = hope * float(pool.survival[rows].sum())
+        if depth == shape.depth or not len(rows) or not worth(gain, len(rows)):
+            break
+        owners, parents = pool.owners[rows], pool.parents[rows]
+        above = np.where(parents >= 0, pool.numbers[parents], -1)
+        logits = model.extend(owners, above, pool.tokens[rows])
+        pool.numbers[rows] = np.arange(run, run + len(rows))
+        run += len(rows)
+    return pool.trees(views)
