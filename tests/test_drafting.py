@@ -11,7 +11,8 @@ import pytest
 from vllm_specplugin import EMPTY_TREE, DraftTree
 from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.draft_probs import DraftProbs
-from vllm_specplugin.drafting import Drafter, DraftRequest
+from vllm_specplugin.draft_request import DraftRequest
+from vllm_specplugin.drafting import Drafter
 from vllm_specplugin.interfaces import EngineInfo, RequestView
 from vllm_specplugin.metrics import SpecMetrics
 

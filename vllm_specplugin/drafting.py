@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from vllm_specplugin.calibration import Calibration
 from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.draft import EMPTY_TREE, DraftTree
+from vllm_specplugin.draft_request import DraftRequest
 from vllm_specplugin.errors import DraftTreeError, complain
 from vllm_specplugin.forest import Drafted, Forest
 from vllm_specplugin.interfaces import (
@@ -41,23 +42,6 @@ logger = logging.getLogger(__name__)
 
 def _plain(views: Sequence[RequestView], rate: float) -> ProposeContext:
     return ProposeContext(requests=views, rate=rate)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DraftRequest:
-    """A request that goes on after this step."""
-
-    view: Callable[[int], RequestView]
-    """Makes the proposer's view, given the nodes allowed."""
-    req_id: str
-    limit: int
-    """Most nodes it may draft; 0 for one that cannot."""
-    num_tokens: int
-    greedy: bool
-    options: Mapping[str, Any]
-    floor: int = 0
-    """Nodes it asked for at least."""
-    chain_only: bool = False
 
 
 class Drafter:

@@ -125,6 +125,10 @@ PROPOSERS = Registry(
         "none": "vllm_specplugin.proposers.none:NoProposer",
         "ngram": "vllm_specplugin.proposers.ngram:NgramProposer",
         "suffix": "vllm_specplugin.proposers.suffix:SuffixProposer",
+        **{
+            f"vllm:{method}": f"vllm_specplugin.proposers.native:{method}"
+            for method in ("draft_model", "eagle", "eagle3", "mtp", "ngram", "suffix")
+        },
     },
 )
 SCORERS = Registry(

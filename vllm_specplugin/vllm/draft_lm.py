@@ -48,24 +48,31 @@ def load_draft_model(runner: Any) -> PagedDraftModel | None:
     Raises:
         UnsupportedError: trees cannot be run through it.
     """
-    if runner.speculative_config.method != "draft_model":
-        return None
-    model = PagedDraftModel(runner)
-    name = runner.speculative_config.model
-    reason = model.prepare()
-    if runner.parallel_config.world_size > 1:
-        reason = f"it would run on {runner.parallel_config.world_size} ranks"
-    if runner.speculative_config.use_heterogeneous_vocab:
-        reason = "its vocabulary is not the target's"
-    if reason is not None:
+    config = runner.speculative_config
+    ranks = runner.parallel_config.world_size
+    if ranks > 1 and (config.use_eagle() or config.uses_draft_model()):
         raise UnsupportedError(
             complain(
-                f"draft model {name}: {reason}",
-                "plain causal attention, the target's vocabulary, one rank",
+                f"drafting with a model on {ranks} ranks",
+                "one rank: the first drafts for all",
+                "use a model-free proposer, such as 'suffix'",
+            )
+        )
+    if config.method != "draft_model":
+        return None
+    model = PagedDraftModel(runner)
+    reason = model.prepare()
+    if config.use_heterogeneous_vocab:
+        reason = "its vocabulary is not the target's"
+    if reason is not None and not runner.spec.follows_native:
+        raise UnsupportedError(
+            complain(
+                f"draft model {config.model}: {reason}",
+                "plain causal attention and the target's vocabulary",
                 "use the proposer 'vllm:draft_model', or a model-free one",
             )
         )
-    return model
+    return model if reason is None else None
 
 
 class PagedDraftModel:

@@ -31,7 +31,7 @@ from vllm.v1.outputs import SamplerOutput
 
 from vllm_specplugin.draft import DraftTree
 from vllm_specplugin.draft_probs import DraftProbs, batch_probs
-from vllm_specplugin.drafting import DraftRequest
+from vllm_specplugin.draft_request import DraftRequest
 from vllm_specplugin.interfaces import (
     RequestView,
     ScoreBatch,
@@ -44,6 +44,7 @@ from vllm_specplugin.vllm.cache_layout import prepare_layers
 from vllm_specplugin.vllm.draft_lm import draft_layers, load_draft_model
 from vllm_specplugin.vllm.kv_compaction import compact
 from vllm_specplugin.vllm.logits import gather_logprobs, process_logits
+from vllm_specplugin.vllm.native_drafts import NativeCall
 from vllm_specplugin.vllm.state import SpecState, Step
 from vllm_specplugin.vllm.tree_attention.backend import PLAN_ATTRIBUTE
 from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan, plan_tree_rows
@@ -286,6 +287,9 @@ class TreeRunnerV1:
     def propose_draft_token_ids(
         self, scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any
     ) -> list[list[int]]:
+        propose = super().propose_draft_token_ids  # type: ignore[misc]
+        rest = (sampled_token_ids, *args, *kwargs.values())
+        self.spec.native = NativeCall(self, propose, scheduler_output, rest)
         if isinstance(sampled_token_ids, list):
             return self._draft(sampled_token_ids)
         # A model that vLLM drafts with is called before the sampled tokens are
@@ -311,7 +315,8 @@ class TreeRunnerV1:
                     requests.append(request)
         spec.trees.clear()
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        for index, tree in zip(drafting, spec.draft(requests)):
+        drafted = spec.draft(requests)
+        for index, tree in zip(drafting, drafted):
             if len(tree):
                 spec.trees[self.input_batch.req_ids[index]] = tree
                 drafts[index] = tree.tokens.tolist()

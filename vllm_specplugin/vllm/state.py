@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_specplugin.config import SpecConfig, build
+from vllm_specplugin.config import SpecConfig, build, resolve
 from vllm_specplugin.draft import DraftTree
-from vllm_specplugin.drafting import Drafter, DraftRequest
+from vllm_specplugin.draft_request import DraftRequest
+from vllm_specplugin.drafting import Drafter
 from vllm_specplugin.interfaces import ProposeContext, RequestView
 from vllm_specplugin.layout import StepLayout
 from vllm_specplugin.metrics import SpecMetrics
@@ -18,6 +19,7 @@ from vllm_specplugin.scoring import RequestScorer
 from vllm_specplugin.trace import TraceWriter
 from vllm_specplugin.vllm.draft_lm import PagedDraftModel
 from vllm_specplugin.vllm.engine_info import describe_engine
+from vllm_specplugin.vllm.native_drafts import NativeCall
 from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan
 
 __all__ = ["SpecState", "Step"]
@@ -61,6 +63,10 @@ class SpecState:
         self.step: Step | None = None
         self.draft_model: PagedDraftModel | None = None
         """Beside the runner from the time its caches exist, if it has one."""
+        factory, _ = resolve(config, "proposer")
+        self.follows_native = bool(getattr(factory, "native", False))
+        self.native: NativeCall | None = None
+        """The call of vLLM's drafter that is due in this step."""
         self.drafts_wait = False
         """Whether drafts are due once the sampled tokens are booked."""
         self.idle_since = time.perf_counter()
@@ -75,7 +81,11 @@ class SpecState:
                 [index[view.req_id] for view in views],
                 [len(view.tokens) for view in views],
             )
-        return ProposeContext(requests=views, draft_model=session, rate=rate)
+        call = self.native
+        native = None if call is None else call.of([view.req_id for view in views])
+        return ProposeContext(
+            requests=views, draft_model=session, native=native, rate=rate
+        )
 
     def close(self) -> None:
         """Ends the trace, if one is written."""
@@ -90,6 +100,9 @@ class SpecState:
 
         group = get_tp_group()
         if group.world_size == 1:
-            return self.drafter.draft(requests)
+            drafted = self.drafter.draft(requests)
+            if self.follows_native and self.native is not None:
+                self.native.finish()
+            return drafted
         trees = self.drafter.draft(requests) if group.is_first_rank else None
         return group.broadcast_object(trees, src=0)  # type: ignore[no-any-return]

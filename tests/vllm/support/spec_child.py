@@ -5,15 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import spec_drafts
 
 from vllm_specplugin.layout import StepLayout
-from vllm_specplugin.vllm import engine_process, runner_v1
+from vllm_specplugin.vllm import draft_lm, engine_process, runner_v1
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows
 
 _WHOLE = {
     "mask": runner_v1.plan_tree_rows,
     "positions": StepLayout.node_positions,
     "compaction": runner_v1.compact,
+}
+
+_WHOLE_DRAFTS = {
+    name: getattr(draft_lm.PagedDraftModel, name)
+    for name in ("follow", "catch_up", "run_nodes")
 }
 
 
@@ -52,6 +58,40 @@ def _flat_positions(layout: StepLayout) -> Any:
     return rows, np.concatenate(flat).astype(np.int64)
 
 
+def break_drafts(llm: Any, request: dict[str, Any]) -> None:
+    """Breaks one part of how a draft model is run, or mends them all."""
+    model = draft_lm.PagedDraftModel
+    for name, whole in _WHOLE_DRAFTS.items():
+        setattr(model, name, whole)
+    part = request["part"]
+    if part == "blocks":  # every cached block counts as filled
+        model.follow = _trusting
+    elif part == "places":  # whatever was drafted counts as accepted
+        model.catch_up = _hasty
+    elif part == "positions":
+        model.run_nodes = _flat
+
+
+def _trusting(self: Any, scheduler_output: Any) -> None:
+    self._filled[:] = True
+    _WHOLE_DRAFTS["follow"](self, scheduler_output)
+    self._filled[:] = True
+
+
+def _hasty(self: Any, indices: Any, ends: Any) -> Any:
+    tokens = self._runner.input_batch.token_ids_cpu
+    for index, end in zip(indices.tolist(), ends.tolist()):
+        req_id = self._runner.input_batch.req_ids[index]
+        known, placed = self._known.get(req_id, 0), self._in_place.get(req_id)
+        if placed:
+            self._in_place[req_id] = tokens[index, known:end].tolist()[: len(placed)]
+    return _WHOLE_DRAFTS["catch_up"](self, indices, ends)
+
+
+def _flat(self: Any, tokens: Any, positions: Any, slots: Any, rows: Any) -> Any:
+    return _WHOLE_DRAFTS["run_nodes"](self, tokens, positions * 0 + 1, slots, rows)
+
+
 def preemptions(llm: Any, request: dict[str, Any]) -> int:
     """How many requests vLLM has preempted so far."""
     return sum(
@@ -61,5 +101,11 @@ def preemptions(llm: Any, request: dict[str, Any]) -> int:
 
 if __name__ == "__main__":
     engine_process.main(
-        {**engine_process.COMMANDS, "break": break_part, "preemptions": preemptions}
+        {
+            **engine_process.COMMANDS,
+            "break": break_part,
+            "preemptions": preemptions,
+            "break_drafts": break_drafts,
+            "seen": spec_drafts.seen,
+        }
     )

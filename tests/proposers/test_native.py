@@ -1,0 +1,70 @@
+"""``vllm:...``: chains from vLLM's own drafters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.proposers.fake_model import FakeNative
+from tests.proposers.test_text_proposers import view
+from vllm_specplugin.config import SpecConfig, build, resolve
+from vllm_specplugin.errors import ConfigError
+from vllm_specplugin.interfaces import EngineInfo, ProposeContext
+
+VOCAB = 1000
+ENGINE = EngineInfo(vocab_size=VOCAB, max_model_len=256, max_num_seqs=8, max_nodes=16)
+
+
+def make(name="vllm:ngram", **options):
+    config = SpecConfig(proposer=name, options={"proposer": options})
+    return build(config, "proposer", ENGINE)
+
+
+def draft(proposer, native):
+    return proposer.propose(ProposeContext(requests=native.views, native=native))
+
+
+def asked(name, **options):
+    config = SpecConfig(proposer=name, options={"proposer": options})
+    factory, parsed = resolve(config, "proposer")
+    return factory.speculative(parsed)
+
+
+def test_chains_within_budget_and_depth():
+    views = [view([1], "a", max_nodes=2), view([1], "b"), view([1], "c", max_depth=1)]
+    native = FakeNative(views, [5, 6, 7, 8, 9])
+    trees = draft(make(length=4), native)
+    assert native.asked == [4]
+    assert [t.tokens.tolist() for t in trees] == [[5, 6], [5, 6, 7, 8], [5]]
+    assert all(tree.is_chain for tree in trees)
+    native = FakeNative(views[:1], [5, 6, 7, 8])
+    draft(make(length=4), native)
+    assert native.asked == [2], "no more is asked for than anybody may draft"
+
+
+def test_padding_ends_a_chain():
+    [tree] = draft(make(), FakeNative([view([1])], [5, -1, -1, -1]))
+    assert tree.tokens.tolist() == [5]
+    [tree] = draft(make(), FakeNative([view([1])], [-1, -1, -1, -1]))
+    assert len(tree) == 0
+
+
+def test_probabilities_come_along_where_tokens_were_drawn():
+    probs = torch.rand(2, 4, VOCAB)
+    views = [view([1], "a", temperature=1.0, max_nodes=3), view([1], "b")]
+    drawn, greedy = draft(make(), FakeNative(views, [5, 6, 7, 8], probs))
+    assert drawn.draft_probs is not None and greedy.draft_probs is None
+    assert drawn.draft_probs.rows.tolist() == [0, 1, 2, -1]
+    assert drawn.draft_probs.sampled.all()
+    assert torch.equal(drawn.draft_probs.probs, probs[0])
+
+
+def test_what_vllm_is_told():
+    assert asked("vllm:ngram", length=3, engine={"prompt_lookup_max": 4}) == {
+        "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4
+    }  # fmt: skip
+    assert asked("vllm:eagle", model="org/head")["model"] == "org/head"
+    with pytest.raises(ConfigError, match=r"vllm:eagle' with model ''.*hub id"):
+        asked("vllm:eagle")
+    with pytest.raises(ConfigError, match=r"vllm:ngram' with model 'x'.*leave"):
+        asked("vllm:ngram", model="x")
