@@ -19,7 +19,7 @@ model's own probability, which EAGLE-2 (2406.16858) takes for acceptance.
 Trees grow as in EAGLE-2 and OPT-Tree (2406.17276): of each level the nodes with
 the highest path probability are run through the draft model, and in the end all
 candidates compete for the budget. A level is run only if what it is expected to
-add is worth the time it takes.
+add, beyond what verifying it costs, is worth the time it takes.
 """
 
 from __future__ import annotations
@@ -210,6 +210,7 @@ def grow(
     shape: Shape,
     spread: float,
     worth: Callable[[float, int], bool],
+    node_price: float = 0.0,
 ) -> list[DraftTree]:
     """One tree per request.
 
@@ -220,7 +221,10 @@ def grow(
         spread: how far the model's logits are off, s above.
         worth: whether to run a level, given the accepted tokens it is expected
             to add and its number of nodes.
+        node_price: tokens that verifying a node costs; less likely ones are
+            left out.
     """
+    least = max(shape.min_survival, node_price)
     pool = _Pool()
     owners, logits = model.roots()
     rows = np.full(len(owners), -1)
@@ -230,14 +234,16 @@ def grow(
         if not len(owners):
             break
         found = children(logits, views, owners, depth, shape, spread)
-        level = pool.add(owners, rows, found, shape.min_survival)
+        level = pool.add(owners, rows, found, least)
         rows = pool.best(
             level[deepest[pool.owners[level]] > depth],
             np.array([min(shape.width, model.capacity(i)) for i in range(len(views))]),
         )
-        hope = float(found.estimates.sum(axis=1).mean())
-        gain = hope * float(pool.survival[rows].sum())
-        if depth == shape.depth or not len(rows) or not worth(gain, len(rows)):
+        if depth == shape.depth or not len(rows):
+            break
+        # What the next level's children win if they are as likely as this one's.
+        likely = np.outer(pool.survival[rows], found.estimates.mean(axis=0))
+        if not worth(float(np.maximum(likely - node_price, 0).sum()), len(rows)):
             break
         owners, parents = pool.owners[rows], pool.parents[rows]
         above = np.where(parents >= 0, pool.numbers[parents], -1)

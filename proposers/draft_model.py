@@ -105,7 +105,14 @@ class DraftModelProposer:
             running, since = rows, now
             return gain > ctx.rate * seconds
 
-        return grow(ctx.draft_model, ctx.requests, self._shape, self._spread, worth)
+        return grow(
+            ctx.draft_model,
+            ctx.requests,
+            self._shape,
+            self._spread,
+            worth,
+            ctx.node_price,
+        )
 
     def release(self, req_ids: Sequence[str]) -> None:
         """Nothing is kept per request; the engine keeps what the model knows."""

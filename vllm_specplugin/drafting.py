@@ -40,10 +40,6 @@ __all__ = ["DraftRequest", "Drafter"]
 logger = logging.getLogger(__name__)
 
 
-def _plain(views: Sequence[RequestView], rate: float) -> ProposeContext:
-    return ProposeContext(requests=views, rate=rate)
-
-
 class Drafter:
     """Runs one proposer and one policy over a batch.
 
@@ -54,8 +50,8 @@ class Drafter:
         engine: vocabulary size, to refuse tokens outside it.
         metrics: where to count.
         clock: seconds, for tests.
-        context: makes what the proposer is shown, given the requests and the
-            policy's rate.
+        context: makes what the proposer is shown, of ``requests``, ``rate`` and
+            ``node_price``.
     """
 
     def __init__(
@@ -67,7 +63,7 @@ class Drafter:
         metrics: SpecMetrics,
         *,
         clock: Callable[[], float] = time.perf_counter,
-        context: Callable[[Sequence[RequestView], float], ProposeContext] = _plain,
+        context: Callable[..., ProposeContext] = ProposeContext,
     ) -> None:
         self._context = context
         self._proposer = proposer
@@ -212,9 +208,7 @@ class Drafter:
         metrics = self._metrics
         started = self._clock()
         try:
-            drafted = self._checked(
-                views, self._proposer.propose(self._context(views, self._rate()))
-            )
+            drafted = self._checked(views, self._proposer.propose(self._shown(views)))
         except Exception as error:
             # One request may have spoilt the call for all: ask one by one.
             drafted = (
@@ -241,14 +235,18 @@ class Drafter:
             self._failures_in_row = 0
         return [EMPTY_TREE if tree is None else tree for tree in drafted]
 
-    def _rate(self) -> float:
-        return float(getattr(self._policy, "rate", 0.0))
+    def _shown(self, views: list[RequestView]) -> ProposeContext:
+        return self._context(
+            requests=views,
+            rate=float(getattr(self._policy, "rate", 0.0)),
+            node_price=float(getattr(self._policy, "node_price", 0.0)),
+        )
 
     def _propose_alone(self, view: RequestView) -> DraftTree | None:
         if not self.enabled:
             return None
         try:
-            ctx = self._context([view], self._rate())
+            ctx = self._shown([view])
             return self._checked([view], self._proposer.propose(ctx))[0]
         except Exception as error:
             return self._lost([view], error)[0]

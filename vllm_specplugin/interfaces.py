@@ -156,6 +156,9 @@ class ProposeContext:
     rate: float = 0.0
     """Tokens per second that the engine emits now, if the policy knows: what a
     second of drafting has to win. 0 if unknown."""
+    node_price: float = 0.0
+    """Tokens that the engine could emit in the time it takes to verify one more
+    node: a node less likely to be accepted does not pay. 0 if unknown."""
 
 
 @runtime_checkable
@@ -346,8 +349,8 @@ class LengthPolicy(Protocol):
     built-in ones are given the keyed noise, may be trimmed freely.
 
     A policy may also have a method ``snapshot() -> dict`` of plain data for the
-    statistics, ``release(req_ids)``, called as a proposer's, and a property
-    ``rate``: the tokens per second it thinks the engine emits.
+    statistics, ``release(req_ids)``, called as a proposer's, and properties
+    ``rate`` and ``node_price``, see :class:`ProposeContext`.
     """
 
     def budget(self, ctx: BudgetContext) -> Sequence[int]:

@@ -19,7 +19,6 @@ vLLM's adaptive verification's.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from vllm_specplugin.interfaces import (
     StepOutcome,
     TrimContext,
 )
+from vllm_specplugin.policies._backoff import Backoff
 from vllm_specplugin.policies._selection import (
     best_nodes,
     causal_nodes,
@@ -46,24 +46,10 @@ __all__ = ["GoodputPolicy"]
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_WAIT = 64
 _EXPLORING_LOSS = 0.1
 _SAVE_AFTER = 200
-_FADE = 0.2
-"""Share of the newest call in what drafts of a request are known to save."""
-
-
-@dataclass(slots=True)
-class _Wait:
-    """How long a request whose drafts do not pay goes without."""
-
-    saved: float
-    """Seconds that recent drafts were expected to save, per call."""
-    left: int = 0
-    """Steps still to go without."""
-    period: int = 1
-    waiting: bool = False
-    """Whether it goes without in this step."""
+_AHEAD = 4
+"""Nodes over which the price of one more is averaged: step times have knees."""
 
 
 class GoodputPolicy:
@@ -90,9 +76,9 @@ class GoodputPolicy:
     def __init__(self, config: Config, engine: EngineInfo) -> None:
         self._config = config
         self._times = StepTimeModel(engine.graph_sizes)
-        self._waits: dict[str, _Wait] = {}
+        self._backoff = Backoff(config.draft_share)
         self._without = 0
-        self._rate = 0.0
+        self._rate = self._node_price = 0.0
         self._nodes = self._steps = self._drafting = 0
         self._file = self._calibration_file(engine)
         self._unsaved = 0
@@ -113,18 +99,15 @@ class GoodputPolicy:
         """Tokens per second expected of the last steps; 0 before any."""
         return self._rate
 
+    @property
+    def node_price(self) -> float:
+        """Tokens emitted, at that rate, in the time one more node takes."""
+        return self._node_price
+
     # ------------------------------------------------------------ deciding
 
     def budget(self, ctx: BudgetContext) -> Sequence[int]:
-        budgets = list(ctx.limits)
-        for i, req_id in enumerate(ctx.req_ids):
-            wait = self._waits.get(req_id)
-            if wait is None:
-                continue
-            wait.waiting = wait.left > 0
-            if wait.waiting:
-                wait.left -= 1
-                budgets[i] = 0
+        budgets = self._backoff.turns(ctx.req_ids, ctx.limits)
         if not any(budgets):
             self._without += 1
         return budgets
@@ -189,27 +172,22 @@ class GoodputPolicy:
         took = float(seconds[min(kept, len(seconds) - 1)])
         tokens = requests + float(ctx.survival[keep].sum())
         self._rate = tokens / (took + float(price[keep].sum()))
+        ahead = min(kept + _AHEAD, len(seconds) - 1)
+        per_node = (float(seconds[ahead]) - took) / max(1, ahead - kept)
+        self._node_price = self._rate * max(0.0, per_node)
         # What a token is worth: the time it would take without drafts.
-        gain = ctx.survival * plain / requests - price - (took - plain) / max(kept, 1)
+        worth, extra = plain / requests, (took - plain) / max(kept, 1)
+        gain = ctx.survival * worth - price - extra
         saved = np.bincount(owner[keep], gain[keep], minlength=requests)
-        drafting = [i for i in range(requests) if self._takes_part(ctx.req_ids[i])]
-        cost = self._times.draft_seconds(len(drafting)) / max(1, len(drafting))
-        allowed = self._config.draft_share * plain / requests
-        longest = min(_LONGEST_WAIT, math.ceil(cost / max(allowed, 1e-9)))
-        for i in drafting:
-            req_id = ctx.req_ids[i]
-            # A new request is presumed to gain a token.
-            wait = self._waits.setdefault(req_id, _Wait(plain / requests))
-            wait.saved += _FADE * (saved[i] - wait.saved)
-            if wait.saved > cost:
-                wait.period = 1
-            else:
-                wait.period = min(2 * wait.period, longest)
-                wait.left = wait.period - 1
-
-    def _takes_part(self, req_id: str) -> bool:
-        wait = self._waits.get(req_id)
-        return wait is None or not wait.waiting
+        expected = np.bincount(owner, ctx.survival, minlength=requests)
+        self._backoff.learn(
+            dict(zip(ctx.req_ids, saved.tolist())),
+            dict(zip(ctx.req_ids, expected.tolist())),
+            worth=max(0.0, worth - extra),
+            step=plain,
+            requests=requests,
+            call=self._times.draft_seconds,
+        )
 
     # ------------------------------------------------------------ learning
 
@@ -230,9 +208,7 @@ class GoodputPolicy:
         )
         if outcome.draft_requests:
             self._times.observe_draft(outcome.draft_requests, outcome.draft_seconds)
-        for req_id, foreseen in zip(outcome.req_ids, outcome.foreseen):
-            if foreseen and (wait := self._waits.get(req_id)) is not None:
-                wait.left, wait.period = 0, 1  # the drafts are right again
+        self._backoff.observe(outcome.req_ids, outcome.foreseen)
         self._steps += 1
         self._nodes += nodes
         self._drafting += nodes > 0
@@ -247,8 +223,7 @@ class GoodputPolicy:
 
     def release(self, req_ids: Sequence[str]) -> None:
         """Forgets requests."""
-        for req_id in req_ids:
-            self._waits.pop(req_id, None)
+        self._backoff.release(req_ids)
 
     def snapshot(self) -> dict[str, Any]:
         """Plain data for the statistics."""

@@ -73,7 +73,10 @@ class SpecState:
         """End of the last drafting."""
         self.why_chains: str | None = "the KV cache is not allocated yet"
 
-    def _context(self, views: Sequence[RequestView], rate: float) -> ProposeContext:
+    def _context(
+        self, *, requests: Sequence[RequestView], **prices: float
+    ) -> ProposeContext:
+        views = requests
         model, session = self.draft_model, None
         if model is not None:
             index = self._runner.input_batch.req_id_to_index
@@ -84,7 +87,7 @@ class SpecState:
         call = self.native
         native = None if call is None else call.of([view.req_id for view in views])
         return ProposeContext(
-            requests=views, draft_model=session, native=native, rate=rate
+            requests=views, draft_model=session, native=native, **prices
         )
 
     def close(self) -> None:
