@@ -79,6 +79,8 @@ class GoodputPolicy:
         self._backoff = Backoff(config.draft_share)
         self._without = 0
         self._rate = self._node_price = 0.0
+        self._steady = 0
+        """Requests drafted for before the last step, if it had no prompts."""
         self._nodes = self._steps = self._drafting = 0
         self._file = self._calibration_file(engine)
         self._unsaved = 0
@@ -206,9 +208,11 @@ class GoodputPolicy:
             outcome.seconds,
             outcome.gap_seconds,
         )
-        if outcome.draft_requests:
+        # Not after a prompt or a pause: a draft model then runs what it missed.
+        if 0 < outcome.draft_requests <= self._steady:
             self._times.observe_draft(outcome.draft_requests, outcome.draft_seconds)
         self._backoff.observe(outcome.req_ids, outcome.foreseen)
+        self._steady = 0 if outcome.prompt_tokens else outcome.draft_requests
         self._steps += 1
         self._nodes += nodes
         self._drafting += nodes > 0
