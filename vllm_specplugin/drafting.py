@@ -120,6 +120,18 @@ class Drafter:
             except Exception as error:
                 self._failed(kind, error)
 
+    @property
+    def needs_top(self) -> int:
+        """Likeliest tokens per row of the target that the proposer asks for."""
+        return int(getattr(self._proposer, "needs_top", 0)) if self.enabled else 0
+
+    def observe_rows(self, *rows: npt.NDArray[np.int32]) -> None:
+        """See :class:`~vllm_specplugin.interfaces.RowObserver`."""
+        try:
+            self._proposer.observe_rows(*rows)  # type: ignore[attr-defined]
+        except Exception as error:
+            self._failed("proposer_error", error)
+
     def observe(self, outcome: StepOutcome, emitted: npt.NDArray[np.integer]) -> None:
         """Learns what became of a step.
 
