@@ -122,6 +122,7 @@ PROPOSERS = Registry(
     "vllm_specplugin.proposers",
     {
         "draft_model": "vllm_specplugin.proposers.draft_model:DraftModelProposer",
+        "fused": "vllm_specplugin.proposers.fused:FusedProposer",
         "none": "vllm_specplugin.proposers.none:NoProposer",
         "ngram": "vllm_specplugin.proposers.ngram:NgramProposer",
         "suffix": "vllm_specplugin.proposers.suffix:SuffixProposer",

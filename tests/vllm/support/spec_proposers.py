@@ -15,7 +15,7 @@ from vllm_specplugin.interfaces import EngineInfo, ProposeContext, RequestView
 # A request's `extra_args`: {"use": name, "oracle": [its true output]}.
 
 
-REAL = ("ngram", "suffix", "token_recycling")
+REAL = ("ngram", "suffix", "token_recycling", "fused")
 
 
 class Switch:
