@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,7 +113,7 @@ class _Member:
             self.failures_in_row += 1
             if self.failures == 1:
                 logger.exception("fused: member %r failed, counted", self.name)
-            if not self.enabled:
+            if self.failures_in_row == MAX_FAILURES:
                 logger.error(
                     "fused: member %r is left out until restart after %d failures "
                     "in a row",
@@ -197,8 +198,8 @@ class FusedProposer:
     def observe_rows(self, tokens: IntArray, top: IntArray, emitted: IntArray) -> None:
         for m in self._members:
             if n := m.needs_top:
-                learn = m.proposer.observe_rows
-                m.attempt(lambda f=learn, n=n: f(tokens, top[:, :n], emitted))
+                shown = tokens, top[:, :n], emitted
+                m.attempt(partial(_call, m.proposer, "observe_rows", *shown))
 
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
         self._learn(ctx.requests)
@@ -236,7 +237,7 @@ class FusedProposer:
         self._agreed.release(req_ids)
         for m in self._members:
             m.calibration.release(req_ids)
-            m.attempt(lambda m=m: m.proposer.release(req_ids))
+            m.attempt(partial(_call, m.proposer, "release", req_ids))
 
     def snapshot(self) -> Mapping[str, Any]:
         """How each member does."""
@@ -280,6 +281,10 @@ class FusedProposer:
                 owner,
                 req_ids,
             )
+
+
+def _call(proposer: Any, method: str, *args: Any) -> None:
+    getattr(proposer, method)(*args)
 
 
 def _corrected(
