@@ -79,7 +79,7 @@ def test_a_change_for_the_better_is_noticed(fixed):
     batch.run(300)
     batch.right["a"] = 6  # six tokens right where none was expected
     _, counts = batch.run(200)
-    assert counts["a"] > 100
+    assert counts["a"] > 200 - 64 * 2  # its turn among the tried comes within two
 
 
 def test_calls_cost_at_most_the_share_allowed():

@@ -17,6 +17,10 @@ from dataclasses import dataclass
 __all__ = ["Backoff"]
 
 _LONGEST = 64
+_TRIED = 8
+"""After so long a wait of all, only one in so many requests is tried."""
+
+_SURPRISING = 0.25
 _FADE = 0.2
 """Share of the newest call in what drafts of a request are known to save."""
 
@@ -49,6 +53,7 @@ class Backoff:
         """Seconds that a call saved requests that are gone, newer ones more."""
         self._asked: dict[str, float] = {}
         """Requests of the last call, and the accepted tokens expected of each."""
+        self._turn = 0
         self._worth = 0.0
         self._alone = 0.0
 
@@ -60,13 +65,22 @@ class Backoff:
         if self._batch.left > 0 and not (fresh and self._presumed() > self._alone):
             self._batch.left -= 1
             return [0] * len(budgets)
-        for i, req_id in enumerate(req_ids):
-            wait = self._waits.get(req_id)
+        # After a long wait a few are tried for all: a draft model has to catch up
+        # on all that it missed.
+        few = None
+        if self._batch.period >= _TRIED and not fresh:
+            few = math.ceil(len(budgets) / _TRIED)
+        first, self._turn = self._turn, self._turn + (few or 0)
+        for k in range(len(budgets)):
+            i = (first + k) % len(budgets)
+            wait = self._waits.get(req_ids[i])
             if wait is not None and wait.left > 0:
                 wait.left -= 1
                 budgets[i] = 0
+            elif budgets[i] and len(self._asked) == few:
+                budgets[i] = 0
             elif budgets[i]:
-                self._asked[req_id] = 0.0
+                self._asked[req_ids[i]] = 0.0
         return budgets
 
     def learn(
@@ -93,10 +107,8 @@ class Backoff:
         if not drafting:
             return
         self._worth, self._alone = worth, call(1)
-        cost = call(len(drafting))
-        marginal = max(0.0, call(len(drafting) + 1) - cost)
+        marginal = max(0.0, call(2) - call(1))
         allowed = self._share * step
-        total = 0.0
         for req_id in drafting:
             self._asked[req_id] = expected[req_id]
             wait = self._waits.setdefault(
@@ -104,8 +116,10 @@ class Backoff:
             )
             wait.saved += _FADE * (saved[req_id] - wait.saved)
             wait.judge(wait.saved > marginal, _longest(marginal, allowed / requests))
-            total += wait.saved
-        self._batch.judge(total > cost, _longest(cost, allowed))
+        known = [self._waits[r].saved for r in saved if r in self._waits]
+        paying = [seconds for seconds in known if seconds > marginal]
+        cost = call(len(paying))
+        self._batch.judge(bool(paying) and sum(paying) > cost, _longest(cost, allowed))
 
     def observe(self, req_ids: Sequence[str], foreseen: Sequence[int]) -> None:
         """After verification: how far the text followed what was drafted."""
@@ -119,8 +133,11 @@ class Backoff:
             surprise += gained
             if wait.saved > self._alone:
                 wait.left = 0
-        if surprise > self._alone:
-            self._batch.left = 0
+        if surprise > _SURPRISING * self._alone and self._batch.left:
+            # Better than thought: all are tried again.
+            self._batch.left, self._batch.period = 0, _TRIED // 2
+            for wait in self._waits.values():
+                wait.left = 0
 
     def release(self, req_ids: Sequence[str]) -> None:
         """Forgets requests, but not what their drafts saved."""

@@ -48,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 _EXPLORING_LOSS = 0.1
 _SAVE_AFTER = 200
+_STEADY = 0.1
+"""Share of the newest step in the averages that proposers are told."""
+
 _AHEAD = 4
 """Nodes over which the price of one more is averaged: step times have knees."""
 
@@ -78,7 +81,9 @@ class GoodputPolicy:
         self._times = StepTimeModel(engine.graph_sizes)
         self._backoff = Backoff(config.draft_share)
         self._without = 0
-        self._rate = self._node_price = 0.0
+        self._rate = self._pace = self._node_price = 0.0
+        self._steady = 0
+        """Requests drafted for before the last step, if it had no prompts."""
         self._nodes = self._steps = self._drafting = 0
         self._file = self._calibration_file(engine)
         self._unsaved = 0
@@ -96,8 +101,8 @@ class GoodputPolicy:
 
     @property
     def rate(self) -> float:
-        """Tokens per second expected of the last steps; 0 before any."""
-        return self._rate
+        """Tokens per second expected of recent steps; 0 before any."""
+        return self._pace
 
     @property
     def node_price(self) -> float:
@@ -174,7 +179,10 @@ class GoodputPolicy:
         self._rate = tokens / (took + float(price[keep].sum()))
         ahead = min(kept + _AHEAD, len(seconds) - 1)
         per_node = (float(seconds[ahead]) - took) / max(1, ahead - kept)
-        self._node_price = self._rate * max(0.0, per_node)
+        # Proposers grow by these: an average, or deep and shallow trees alternate.
+        self._pace += _STEADY * (self._rate - self._pace)
+        price_now = self._rate * max(0.0, per_node)
+        self._node_price += _STEADY * (price_now - self._node_price)
         # What a token is worth: the time it would take without drafts.
         worth, extra = plain / requests, (took - plain) / max(kept, 1)
         gain = ctx.survival * worth - price - extra
@@ -206,9 +214,11 @@ class GoodputPolicy:
             outcome.seconds,
             outcome.gap_seconds,
         )
-        if outcome.draft_requests:
+        # Not after a prompt or a pause: a draft model then runs what it missed.
+        if 0 < outcome.draft_requests <= self._steady:
             self._times.observe_draft(outcome.draft_requests, outcome.draft_seconds)
         self._backoff.observe(outcome.req_ids, outcome.foreseen)
+        self._steady = 0 if outcome.prompt_tokens else outcome.draft_requests
         self._steps += 1
         self._nodes += nodes
         self._drafting += nodes > 0

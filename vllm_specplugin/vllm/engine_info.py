@@ -9,13 +9,14 @@ import platform
 from typing import Any
 
 from vllm_specplugin import __version__
+from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.interfaces import EngineInfo
 from vllm_specplugin.vllm.upstream import installed_version
 
 __all__ = ["describe_engine"]
 
 
-def describe_engine(runner: Any) -> EngineInfo:
+def describe_engine(runner: Any, config: SpecConfig) -> EngineInfo:
     """Reads it off one of vLLM's runners."""
     return EngineInfo(
         vocab_size=runner.input_batch.vocab_size,
@@ -23,7 +24,7 @@ def describe_engine(runner: Any) -> EngineInfo:
         max_num_seqs=runner.max_num_reqs,
         max_nodes=runner.num_spec_tokens,
         graph_sizes=_graph_sizes(runner),
-        fingerprint=_fingerprint(runner),
+        fingerprint=_fingerprint(runner, config),
     )
 
 
@@ -36,8 +37,9 @@ def _graph_sizes(runner: Any) -> tuple[int, ...]:
     return tuple(sorted(compilation.cudagraph_capture_sizes or ()))
 
 
-def _fingerprint(runner: Any) -> str:
-    """Changes whenever a step's time may: another model, machine, setting."""
+def _fingerprint(runner: Any, config: SpecConfig) -> str:
+    """Changes whenever the time of a step or of drafting may: another model,
+    machine, setting, proposer."""
     import torch
 
     model, parallel = runner.model_config, runner.parallel_config
@@ -49,6 +51,7 @@ def _fingerprint(runner: Any) -> str:
         "revision": model.revision,
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
+        "drafts": (config.proposer, config.options.get("proposer", {})),
         "layers": model.hf_config.to_dict().get("num_hidden_layers"),
         "parallel": (
             parallel.tensor_parallel_size, parallel.pipeline_parallel_size

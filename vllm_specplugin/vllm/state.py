@@ -40,7 +40,7 @@ class SpecState:
     def __init__(self, config: SpecConfig, runner: Any) -> None:
         self.config = config
         self._runner = runner
-        self.engine = describe_engine(runner)
+        self.engine = describe_engine(runner, config)
         self.metrics = SpecMetrics()
         self.scorer = RequestScorer(config, self.engine)
         self.fallback_scorer = ExactScorer(None, self.engine)

@@ -68,6 +68,25 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
         "common_attn_metadata",
         "slot_mappings",
     ),
+    # draft models: drafts wait until tokens are booked (fourth of what it returns)
+    f"{_RUNNER}._bookkeeping_sync": None,
+    "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
+    ".build_per_group_and_layer_attn_metadata": ("self", "common_attn_metadata"),
+    "vllm.v1.attention.backend:CommonAttentionMetadata": (
+        "query_start_loc",
+        "query_start_loc_cpu",
+        "seq_lens",
+        "num_reqs",
+        "num_actual_tokens",
+        "max_query_len",
+        "max_seq_len",
+        "block_table_tensor",
+        "slot_mapping",
+        "causal",
+        "seq_lens_cpu_upper_bound",
+    ),
+    "vllm.forward_context:set_forward_context": None,
+    "vllm.config:VllmConfig.num_lookahead_tokens": None,
     f"{_RUNNER}.load_model": None,
     f"{_RUNNER}.initialize_kv_cache": None,
     # sampling

@@ -1,0 +1,146 @@
+"""Compares drafting with a model: vLLM alone, its own draft_model, and trees.
+
+    python examples/bench_draft_model.py --batch 1 8 --rounds 3 --json FILE
+
+Three engines run in turn on the same prompts, compiled as vLLM does by default:
+vLLM without speculation, vLLM's draft_model (its defect at temperature > 0 on a
+CPU mended in the measuring process), and the plugin. Requests come in a closed
+loop. Ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from bench_policies import ENGINE, PLAIN, generate
+from tqdm import tqdm
+
+from vllm_specplugin.demo.inflate import inflated_model
+from vllm_specplugin.demo.models import model_path
+from vllm_specplugin.demo.provenance import provenance
+from vllm_specplugin.demo.workloads import WORKLOADS, workload
+from vllm_specplugin.engines import EngineProcess
+
+DRAFT = str(model_path("draft"))
+OURS: dict[str, dict[str, Any]] = {
+    "no drafts": {"proposer": "none", "policy": "fixed", "options": {}},
+    "draft_model + goodput": {
+        "proposer": "draft_model",
+        "policy": "goodput",
+        "options": {"proposer": {"model": DRAFT}},
+    },
+    "draft_model + fixed 16": {
+        "proposer": "draft_model",
+        "policy": "fixed",
+        "options": {"proposer": {"model": DRAFT}},
+    },
+}
+
+
+def engines(length: int) -> dict[str, EngineProcess]:
+    settings = {
+        "model": str(inflated_model(model_path("target"))),
+        "engine": {**ENGINE, "enforce_eager": False},
+        "speculate": None,
+    }
+    native = {
+        "method": "draft_model",
+        "model": DRAFT,
+        "num_speculative_tokens": length,
+    }
+    own = {"proposer": "draft_model", "options": {"proposer": {"model": DRAFT}}}
+    memory = {"VLLM_CPU_KVCACHE_SPACE": "2"}
+    vllm = {**settings["engine"], "speculative_config": native}
+    made = {
+        PLAIN: settings,
+        f"vLLM draft_model {length}": {**settings, "engine": vllm, "mend": True},
+        "plugin": {**settings, "speculate": own},
+    }
+    return {n: EngineProcess(n, s, environment=memory) for n, s in made.items()}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    small = model_path("target")
+    speeds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    stats: dict[str, dict[str, Any]] = defaultdict(dict)
+    differs: dict[str, set[str]] = defaultdict(set)
+    running = engines(args.length)
+    cells = [
+        (n, t, b) for b in args.batch for n in args.workloads for t in args.temperatures
+    ]
+    variants = [n for n in running if n != "plugin"] + list(OURS)
+    try:
+        bar = tqdm(total=(args.rounds + 1) * len(cells) * len(variants))
+        for number in range(-1, args.rounds):  # the first round warms up
+            for name, t, batch in cells:
+                work = workload(
+                    name, small, args.waves * batch, 128, temperature=t, seed=number
+                )
+                cell, texts = f"{name} T={t:g} batch {batch}", {}
+                turn = number % len(variants)
+                for variant in variants[turn:] + variants[:turn]:
+                    engine = running["plugin" if variant in OURS else variant]
+                    generate(engine, work, batch, 1)  # fills the prefix cache
+                    if variant in OURS:
+                        engine.ask("reset", changes=OURS[variant])
+                    tokens = args.max_tokens if number >= 0 else 16
+                    speed, texts[variant] = generate(engine, work, batch, tokens)
+                    if number >= 0:
+                        speeds[cell][variant].append(speed)
+                    if variant in OURS:
+                        stats[cell][variant] = engine.ask("stats")
+                    bar.update()
+                differs[cell] |= {v for v in OURS if texts[v] != texts["no drafts"]}
+    finally:
+        for engine in running.values():
+            engine.close()
+    return {
+        "provenance": provenance({**vars(args), "json": str(args.json)}),
+        "tokens_per_s": speeds,
+        "last_stats": stats,
+        "text_differs": {cell: sorted(v) for cell, v in differs.items()},
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    lines = []
+    for cell, speeds in report["tokens_per_s"].items():
+        lines.append(f"{cell}: {PLAIN} {statistics.median(speeds[PLAIN]):.1f} tokens/s")
+        for variant, found in speeds.items():
+            if variant == PLAIN:
+                continue
+            ratios = sorted(a / b for a, b in zip(found, speeds[PLAIN]))
+            line = f"    {variant:<24} {statistics.median(ratios):5.2f}x "
+            line += f"({ratios[0]:.2f}-{ratios[-1]:.2f})"
+            if last := report["last_stats"][cell].get(variant):
+                line += f"  tokens/request-step {last['tokens_per_request_step']:.2f}"
+            lines.append(line)
+        if report["text_differs"][cell]:
+            lines.append(f"    TEXT DIFFERS: {report['text_differs'][cell]}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--workloads", nargs="+", default=["code"], choices=WORKLOADS)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--length", type=int, default=4, help="vLLM's chains")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--waves", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the figures")
+    args = parser.parse_args()
+    report = measure(args)
+    print(table(report))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
