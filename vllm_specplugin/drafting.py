@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -120,6 +120,18 @@ class Drafter:
             except Exception as error:
                 self._failed(kind, error)
 
+    @property
+    def needs_top(self) -> int:
+        """Likeliest tokens per row of the target that the proposer asks for."""
+        return int(getattr(self._proposer, "needs_top", 0)) if self.enabled else 0
+
+    def observe_rows(self, *rows: npt.NDArray[np.int32]) -> None:
+        """See :class:`~vllm_specplugin.interfaces.RowObserver`."""
+        try:
+            self._proposer.observe_rows(*rows)  # type: ignore[attr-defined]
+        except Exception as error:
+            self._failed("proposer_error", error)
+
     def observe(self, outcome: StepOutcome, emitted: npt.NDArray[np.integer]) -> None:
         """Learns what became of a step.
 
@@ -140,14 +152,16 @@ class Drafter:
             self.trace.step(outcome, emitted, self._sampled, last)
 
     def snapshot(self) -> dict[str, Any]:
-        """Plain data: how good estimates are, and what the policy tells."""
-        told: Mapping[str, Any] = {}
-        try:
-            if (tell := getattr(self._policy, "snapshot", None)) is not None:
-                told = tell()
-        except Exception as error:
-            self._failed("policy_error", error)
-        return {"estimates": self.calibration.snapshot(), "policy": dict(told)}
+        """Plain data: how good estimates are, and what policy and proposer tell."""
+        told: dict[str, Any] = {"estimates": self.calibration.snapshot()}
+        for key, part in (("policy", self._policy), ("drafting", self._proposer)):
+            try:
+                told[key] = dict(getattr(part, "snapshot", dict)())
+            except Exception as error:
+                kind = "policy_error" if key == "policy" else "proposer_error"
+                self._failed(kind, error)
+                told[key] = {}
+        return told
 
     def _calibrate(
         self,

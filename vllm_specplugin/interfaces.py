@@ -37,6 +37,7 @@ __all__ = [
     "ProposeContext",
     "Proposer",
     "RequestView",
+    "RowObserver",
     "ScoreBatch",
     "ScoreResult",
     "Scorer",
@@ -185,6 +186,29 @@ class Proposer(Protocol):
     def release(self, req_ids: Sequence[str]) -> None:
         """Called when requests finish or are aborted (not on preemption),
         before any of their ids is used again. Unknown ids are to be ignored."""
+        ...
+
+
+class RowObserver(Protocol):
+    """A proposer that learns from the target's rows also has this."""
+
+    needs_top: int
+    """Tokens per row it wants to see; 0 for none."""
+
+    def observe_rows(
+        self,
+        tokens: npt.NDArray[np.int32],
+        top: npt.NDArray[np.int32],
+        emitted: npt.NDArray[np.int32],
+    ) -> None:
+        """Called after each step, before drafting, with all its rows.
+
+        Args:
+            tokens: ``[rows]`` the token each row read, -1 for padding.
+            top: ``[rows, needs_top]`` tokens of the target's largest logits
+                before the request's processing, the largest first; -1 for none.
+            emitted: ``[rows]`` the token emitted from the row, -1 for none.
+        """
         ...
 
 

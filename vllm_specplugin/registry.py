@@ -122,9 +122,13 @@ PROPOSERS = Registry(
     "vllm_specplugin.proposers",
     {
         "draft_model": "vllm_specplugin.proposers.draft_model:DraftModelProposer",
+        "fused": "vllm_specplugin.proposers.fused:FusedProposer",
         "none": "vllm_specplugin.proposers.none:NoProposer",
         "ngram": "vllm_specplugin.proposers.ngram:NgramProposer",
         "suffix": "vllm_specplugin.proposers.suffix:SuffixProposer",
+        "token_recycling": (
+            "vllm_specplugin.proposers.token_recycling:TokenRecyclingProposer"
+        ),
         **{
             f"vllm:{method}": f"vllm_specplugin.proposers.native:{method}"
             for method in ("draft_model", "eagle", "eagle3", "mtp", "ngram", "suffix")

@@ -13,7 +13,7 @@ from .conftest import ENGINES, Engine
 
 Get = Callable[[str], Engine]
 TEMPERATURES = [0.0, 0.7, 1.0]
-PROPOSERS = ["ngram", "suffix", "random", "oracle"]
+PROPOSERS = ["ngram", "suffix", "token_recycling", "fused", "random", "oracle"]
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,7 @@ from vllm_specplugin.layout import StepLayout, scheduled_tree
 from vllm_specplugin.noise import request_seed
 from vllm_specplugin.vllm.cache_layout import prepare_layers
 from vllm_specplugin.vllm.draft_lm import draft_layers, load_draft_model
+from vllm_specplugin.vllm.features import likeliest, show_rows
 from vllm_specplugin.vllm.kv_compaction import compact
 from vllm_specplugin.vllm.logits import gather_logprobs, process_logits
 from vllm_specplugin.vllm.native_drafts import NativeCall
@@ -186,6 +187,7 @@ class TreeRunnerV1:
         assert step is not None, "_sample() without _prepare_inputs()"
         layout = step.layout
         metadata = self.input_batch.sampling_metadata
+        top = likeliest(self, logits)
         ready = process_logits(self.sampler, logits, metadata, layout)
         req_ids = self.input_batch.req_ids
         probs = batch_probs(
@@ -208,6 +210,7 @@ class TreeRunnerV1:
             **({} if probs is None else vars(probs)),
         )
         result = self._score(batch)
+        show_rows(self, top, result)
         if step.plan is not None:
             moves = layout.moves(result.rows, result.lengths)
             spec.metrics.kv_rows_moved += compact(self, step.plan, moves)

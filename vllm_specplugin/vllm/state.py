@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_specplugin.config import SpecConfig, build, resolve
+from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.draft import DraftTree
 from vllm_specplugin.draft_request import DraftRequest
 from vllm_specplugin.drafting import Drafter
@@ -44,8 +44,9 @@ class SpecState:
         self.metrics = SpecMetrics()
         self.scorer = RequestScorer(config, self.engine)
         self.fallback_scorer = ExactScorer(None, self.engine)
+        proposer = build(config, "proposer", self.engine)
         self.drafter = Drafter(
-            build(config, "proposer", self.engine),
+            proposer,
             build(config, "policy", self.engine),
             config,
             self.engine,
@@ -63,8 +64,7 @@ class SpecState:
         self.step: Step | None = None
         self.draft_model: PagedDraftModel | None = None
         """Beside the runner from the time its caches exist, if it has one."""
-        factory, _ = resolve(config, "proposer")
-        self.follows_native = bool(getattr(factory, "native", False))
+        self.follows_native = bool(getattr(proposer, "native", False))
         self.native: NativeCall | None = None
         """The call of vLLM's drafter that is due in this step."""
         self.drafts_wait = False

@@ -15,7 +15,7 @@ from vllm_specplugin.interfaces import EngineInfo, ProposeContext, RequestView
 # A request's `extra_args`: {"use": name, "oracle": [its true output]}.
 
 
-REAL = ("ngram", "suffix")
+REAL = ("ngram", "suffix", "token_recycling", "fused")
 
 
 class Switch:
@@ -41,6 +41,15 @@ class Switch:
             if request.req_id not in trees:
                 trees[request.req_id] = self._by_hand(request)
         return [trees[r.req_id] for r in ctx.requests]
+
+    @property
+    def needs_top(self) -> int:
+        return max(getattr(p, "needs_top", 0) for p in self._real.values())
+
+    def observe_rows(self, tokens, top, emitted) -> None:
+        for proposer in self._real.values():
+            if wanted := getattr(proposer, "needs_top", 0):
+                proposer.observe_rows(tokens, top[:, :wanted], emitted)
 
     def release(self, req_ids: Sequence[str]) -> None:
         for proposer in self._real.values():

@@ -1,0 +1,123 @@
+"""The proposer ``token_recycling``: a tree of what the target thought of before.
+
+A matrix keeps, for every token, the k tokens that the target last found likeliest
+after it; every verified row rewrites the row of the token it read (2408.08696).
+Nothing is trained, nothing is kept per request, and the matrix serves all
+requests: it takes ``vocabulary * k * 4`` bytes (4.9 MB for 152k tokens and k = 8).
+
+The paper's tree is fixed. Here it is grown best-first: child ``r`` of a node is
+worth ``q[r]``, the share of emitted tokens that stood at rank ``r`` of the row as
+it was then, learnt from the text with a memory of :data:`MEMORY` tokens. At
+temperature > 0 ranks are coupled to the noise that the target will use
+(:func:`._history_votes.estimate_coupled`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_specplugin.config import option
+from vllm_specplugin.draft import EMPTY_TREE, DraftTree
+from vllm_specplugin.interfaces import EngineInfo, ProposeContext, RequestView
+
+__all__ = ["MEMORY", "TokenRecyclingProposer"]
+
+MEMORY = 2000
+"""Emitted tokens after which what was learnt about ranks has faded to 1/e."""
+
+_PRIOR = 20.0
+"""Emitted tokens that the first guess of the ranks' shares counts for."""
+
+IntArray = npt.NDArray[np.int32]
+
+
+class TokenRecyclingProposer:
+    """Drafts from the target's own likeliest tokens of earlier steps."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options of ``token_recycling``."""
+
+        k: int = option(8, "tokens kept after each token", low=1, high=64)
+        depth: int = option(6, "deepest node", low=1, high=64)
+        min_survival: float = option(
+            0.02, "nodes less likely to be accepted are not drafted", low=0, high=1
+        )
+        coupled: bool = option(
+            True, "use the request's noise to rank candidates at temperature > 0"
+        )
+        trust: float = option(
+            0.5, "share of the estimate that rests on the noise", low=0, high=1
+        )
+
+    def __init__(self, config: Config, engine: EngineInfo) -> None:
+        from vllm_specplugin.proposers._recycling_tree import grow  # compiles
+
+        self._grow = grow
+        self._config = config
+        self.needs_top = min(config.k, engine.vocab_size)
+        self._matrix = np.full((engine.vocab_size, self.needs_top), -1, dtype=np.int32)
+        ranks = np.arange(self.needs_top)
+        self._hits = _PRIOR * 0.4 * 0.5**ranks
+        self._seen = _PRIOR
+
+    def observe_rows(self, tokens: IntArray, top: IntArray, emitted: IntArray) -> None:
+        """Learns from the rows of a step; of one token's rows the last is kept.
+
+        Args:
+            tokens: ``[rows]`` the token each row read, -1 for none.
+            top: ``[rows, needs_top]`` the target's likeliest next tokens, the
+                likeliest first, -1 for none.
+            emitted: ``[rows]`` the token emitted from the row, -1 for none.
+        """
+        vocab = len(self._matrix)
+        rows = np.flatnonzero((tokens >= 0) & (tokens < vocab))
+        tokens, top, emitted = tokens[rows], top[rows], emitted[rows]
+        before = self._matrix[tokens]
+        told = np.flatnonzero((emitted >= 0) & (before[:, 0] >= 0))
+        if len(told):
+            fade = np.exp(-len(told) / MEMORY)
+            hits = (before[told] == emitted[told, None]).sum(axis=0)
+            self._hits = self._hits * fade + hits
+            self._seen = self._seen * fade + len(told)
+        # Of equal indices NumPy's assignment keeps the last.
+        self._matrix[tokens] = np.where(top < vocab, top, -1)
+
+    def ranks(self) -> npt.NDArray[np.float64]:
+        """``[needs_top]`` share of emitted tokens that stood at each rank."""
+        shares = np.maximum(self._hits / self._seen, 1e-4)
+        return np.asarray(shares / max(1.0, shares.sum()))
+
+    def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
+        ranks = self.ranks()
+        return [self._draft(view, ranks) for view in ctx.requests]
+
+    def _draft(self, view: RequestView, ranks: npt.NDArray[np.float64]) -> DraftTree:
+        config, most = self._config, view.max_nodes
+        if not len(view.tokens):
+            return EMPTY_TREE
+        tokens = np.empty(most, dtype=np.int32)
+        parents = np.empty(most, dtype=np.int32)
+        estimates = np.empty(most, dtype=np.float64)
+        n = self._grow(
+            self._matrix,
+            ranks,
+            int(view.tokens[-1]),
+            np.uint64(view.seed),
+            len(view.tokens),
+            min(config.depth, view.max_depth),
+            config.min_survival,
+            config.coupled and view.temperature > 0,
+            config.trust,
+            tokens,
+            parents,
+            estimates,
+        )
+        return DraftTree(tokens[:n], parents[:n], estimates[:n]) if n else EMPTY_TREE
+
+    def release(self, req_ids: Sequence[str]) -> None:
+        """Nothing is kept per request."""

@@ -1,0 +1,213 @@
+"""One tree from several proposers."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+
+import numpy as np
+import pytest
+
+from tests.conformance.test_registered import view
+from vllm_specplugin.config import parse_options
+from vllm_specplugin.draft import EMPTY_TREE, DraftTree
+from vllm_specplugin.errors import ConfigError
+from vllm_specplugin.interfaces import EngineInfo, ProposeContext
+from vllm_specplugin.proposers.fused import MAX_FAILURES, FusedProposer, merge
+
+ENGINE = EngineInfo(vocab_size=30, max_model_len=256, max_num_seqs=8, max_nodes=16)
+
+
+class Says:
+    """Drafts what it was told, for every request."""
+
+    tree = EMPTY_TREE
+    released: list[str]
+
+    def __init__(self, config, engine) -> None:
+        self.released = []
+
+    def propose(self, ctx):
+        order = np.argsort(-self.tree.survival, kind="stable")
+        return [self.tree.take(np.sort(order[: r.max_nodes])) for r in ctx.requests]
+
+    def release(self, req_ids):
+        self.released += req_ids
+
+
+class Left(Says):
+    tree = DraftTree.chain([1, 2], [0.6, 0.6])
+
+
+class Right(Says):
+    tree = DraftTree([1, 3, 4], [-1, 0, -1], [0.6, 0.2, 0.3])
+    needs_top = 2
+    shown = None
+
+    def observe_rows(self, tokens, top, emitted):
+        self.shown = tokens, top, emitted
+
+
+class Wrong(Says):
+    tree = DraftTree([30], [-1])  # outside the vocabulary
+
+
+class Raises(Says):
+    needs_top = 5
+
+    def propose(self, ctx):
+        raise RuntimeError("no drafts today")
+
+    observe_rows = release = propose
+
+
+def names(*members: str) -> list[str]:
+    return [f"{__name__}:{name}" for name in members]
+
+
+def make(*members: str, **options) -> FusedProposer:
+    values = {"members": names(*members), **options}
+    return FusedProposer(parse_options(FusedProposer.Config, values, "fused"), ENGINE)
+
+
+def draft(proposer, tokens, req_id="a", **options) -> DraftTree:
+    return proposer.propose(ProposeContext(requests=[view(req_id, tokens, **options)]))[
+        0
+    ]
+
+
+def paths(tree, values) -> dict[tuple[int, ...], float]:
+    return {
+        tuple(tree.tokens[tree.path(i)].tolist()): float(values[i])
+        for i in range(len(tree))
+    }
+
+
+def test_merging_keeps_every_path_once_with_its_best_estimate():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        trees, want = [], {}
+        for _ in range(3):
+            raw = DraftTree.from_paths(rng.integers(0, 3, (4, int(rng.integers(1, 4)))))
+            trees.append(DraftTree(raw.tokens, raw.parents, rng.random(len(raw))))
+            for path, value in paths(trees[-1], trees[-1].estimates).items():
+                want.setdefault(path, []).append(value)
+        pool = merge(trees, [tree.estimates for tree in trees])
+        tree = DraftTree(pool.tokens, pool.parents, pool.estimates)
+        got = paths(tree, tree.estimates)
+        assert got == {path: max(values) for path, values in want.items()}
+        votes = paths(tree, pool.votes)
+        assert votes == {path: len(values) for path, values in want.items()}
+
+
+def test_the_likeliest_nodes_fill_the_budget():
+    whole = draft(make("Left", "Right"), [5])
+    survival = paths(whole, whole.survival)
+    assert survival.keys() == {(1,), (1, 2), (1, 3), (4,)}
+    for n in range(1, 4):
+        got = draft(make("Left", "Right"), [5], nodes=n)
+        assert set(paths(got, got.survival)) == set(
+            sorted(survival, key=survival.get, reverse=True)[:n]
+        )
+
+
+def test_estimates_follow_what_the_text_makes_of_each_member():
+    proposer = make("Left", "Right")
+    text = [9]
+    for _ in range(120):  # what follows is always 4: the second member knows
+        tree = draft(proposer, text)
+        text = [*text, 4, 9]
+    survival = paths(tree, tree.survival)
+    assert survival[4,] > 0.6
+    assert survival[1,] < 0.2
+    told = proposer.snapshot()
+    assert all(
+        told[name]["estimates"]["observed"] > 100 for name in names("Left", "Right")
+    )
+    few = draft(proposer, text, nodes=2)
+    assert few.tokens[np.argmax(few.survival)] == 4 and len(few) == 2
+
+
+@pytest.mark.parametrize("token", [1, 4])
+def test_agreement_is_never_worth_less_than_the_best_member(token):
+    proposer = make("Left", "Right")
+    for n in range(1, 150):
+        tree = draft(proposer, [token] * n)
+    alone = make("Left")
+    for n in range(1, 150):
+        single = draft(alone, [token] * n)
+    assert paths(tree, tree.survival)[1,] >= paths(single, single.survival)[1,] - 1e-6
+
+
+@pytest.mark.parametrize("bad", ["Raises", "Wrong"])
+def test_a_failing_member_costs_its_own_drafts(bad, caplog):
+    proposer = make(bad, "Left")
+    assert proposer.needs_top == (5 if bad == "Raises" else 0)
+    with caplog.at_level(logging.ERROR):
+        for _ in range(MAX_FAILURES + 5):
+            assert draft(proposer, [5]) == Left.tree
+    assert caplog.text.count("failed, counted") == 1
+    assert caplog.text.count("is left out") == 1
+    told = proposer.snapshot()[names(bad)[0]]
+    assert told["failures"] == MAX_FAILURES and not told["enabled"]
+    assert proposer.needs_top == 0
+    proposer.release(["a"])
+
+
+def test_members_get_their_share_of_rows_and_every_release():
+    proposer = make("Right", "Left")
+    top = np.arange(15, dtype=np.int32).reshape(3, 5)
+    row = np.array([7, 8, 9], dtype=np.int32)
+    proposer.observe_rows(row, top, row)
+    right, left = (m.proposer for m in proposer._members)
+    assert (right.shown[1] == top[:, :2]).all() and (right.shown[0] == row).all()
+    draft(proposer, [5])
+    proposer.release(["a"])
+    assert right.released == left.released == ["a"] and not proposer._past
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"members": []}, "a list of different proposers"),
+        ({"members": "suffix"}, "a list of different proposers"),
+        ({"members": ["suffix", "fused"]}, "'fused' not among them"),
+        ({"members": ["suffix", "suffix"]}, "a list of different proposers"),
+        ({"members": ["sufix"]}, "'sufix'"),
+        ({"member_options": {"ngram": {}}}, "options for ngram"),
+        ({"member_options": {"suffix": {"depht": 1}}}, "suffix options has no 'depht'"),
+        ({"members": ["none"], "member_options": {"none": {"a": 1}}}, "for 'none'"),
+    ],
+)  # fmt: skip
+def test_wrong_members_are_refused(values, said):
+    with pytest.raises(ConfigError, match=said):
+        FusedProposer(parse_options(FusedProposer.Config, values, "fused"), ENGINE)
+
+
+def test_one_member_may_ask_vllm_for_a_drafter():
+    def ask(*members, **options):
+        values = {"members": members, "member_options": options}
+        parsed = parse_options(FusedProposer.Config, values, "fused")
+        return FusedProposer.speculative(parsed), FusedProposer(parsed, ENGINE).native
+
+    assert ask("suffix", "token_recycling") == ({}, False)
+    model = {"model": "here"}
+    asked, native = ask("suffix", "draft_model", draft_model=model)
+    assert asked == {"method": "draft_model", "model": "here"} and not native
+    asked, native = ask("suffix", "vllm:ngram")
+    assert asked["method"] == "ngram" and native
+    with pytest.raises(ConfigError, match="at most one"):
+        ask("draft_model", "vllm:ngram", draft_model=model)
+
+
+def test_what_is_learnt_does_not_depend_on_the_other_requests_order():
+    trees = []
+    for order in itertools.permutations(range(3)):
+        proposer = make("Left", "Right")
+        for n in range(1, 20):
+            views = [view(str(i), [i, *[1 + i] * n]) for i in order]
+            drafted = proposer.propose(ProposeContext(requests=views))
+        trees.append([np.round(drafted[order.index(i)].estimates, 4) for i in range(3)])
+    for other in trees[1:]:
+        for one, same in zip(trees[0], other):
+            np.testing.assert_allclose(one, same, atol=1e-3)

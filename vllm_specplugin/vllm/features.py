@@ -1,0 +1,59 @@
+"""What a proposer is shown of the target's rows, if it asks for it.
+
+A proposer asks with ``needs_top``; see
+:class:`~vllm_specplugin.interfaces.RowObserver`. Only the first rank of tensor
+parallelism drafts, so only that one looks: it has the logits of the whole
+vocabulary whether vLLM gathers them on all ranks or on the first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_specplugin.interfaces import ScoreResult
+from vllm_specplugin.layout import StepLayout
+
+__all__ = ["likeliest", "show_rows"]
+
+IntArray = npt.NDArray[np.int32]
+
+
+def likeliest(runner: Any, logits: torch.Tensor) -> IntArray | None:
+    """``[rows, needs_top]`` the largest logits' tokens, -1 where a token is
+    forbidden; ``None`` if nobody asks. Call it before the logits are changed."""
+    wanted = min(runner.spec.drafter.needs_top, logits.shape[-1])
+    if not wanted:
+        return None
+    from vllm.distributed.parallel_state import get_tp_group
+
+    if not get_tp_group().is_first_rank:
+        return None
+    values, ids = torch.topk(logits, wanted, dim=-1)
+    ids = ids.masked_fill(torch.isneginf(values), -1)
+    top: IntArray = ids.to(torch.int32).cpu().numpy()
+    return top
+
+
+def show_rows(runner: Any, top: IntArray | None, result: ScoreResult) -> None:
+    """Hands a step's rows to the proposer.
+
+    Rows of prompts that are not read to their end are among them, with nothing
+    emitted: what follows there is the user's text.
+    """
+    if top is None:
+        return
+    layout: StepLayout = runner.spec.step.layout
+    batch, count = runner.input_batch, len(layout.trees)
+    tokens = layout.tokens.copy()
+    tokens[layout.starts[:-1]] = batch.token_ids_cpu[
+        np.arange(count), np.asarray(layout.root_positions)
+    ]
+    emits = np.arange(result.tokens.shape[1]) < result.lengths[:, None]
+    emits &= ~runner.discard_request_mask.np[:count, None]
+    emitted = np.full(layout.num_rows, -1, dtype=np.int32)
+    emitted[result.rows[emits]] = result.tokens[emits]
+    runner.spec.drafter.observe_rows(tokens, top, emitted)
