@@ -5,7 +5,9 @@ Official seams used, and for what:
 ========================================  ==================================
 entry point ``vllm.general_plugins``      being loaded in every process
 ``additional_config``                     our configuration, in every process
-``speculative_config`` ``custom_class``   switching speculation on
+``speculative_config``                    switching speculation on
+                                          (``custom_class``), or having vLLM
+                                          load a drafter
 ``num_speculative_tokens_per_batch_size`` no padding to a fixed draft length,
                                           piecewise CUDA graphs
 ``worker_cls``                            our worker, which adopts the runner
