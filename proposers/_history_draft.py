@@ -288,7 +288,9 @@ def expand(
         s.estimates,
     )
     if coupled:
-        estimate_coupled(s.candidates, s.q, n, seed, position, rule.trust, s.estimates)
+        estimate_coupled(
+            s.candidates, s.q, n, seed, position, rule.trust, s.estimates, rule.noise
+        )
     else:
         for i in range(n):
             s.estimates[i] = s.q[i]

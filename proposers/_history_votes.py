@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.noise import scalar_gumbel
+from vllm_specplugin.noise import PHILOX, scalar_gumbel
 from vllm_specplugin.proposers._history_index import Int, inner, jit
 
 __all__ = ["Rule", "estimate_coupled", "find", "interpolate"]
@@ -63,6 +63,8 @@ class Rule(NamedTuple):
     trust: float
     min_survival: float
     vocab_size: int
+    noise: int = PHILOX
+    """The engine's, see :mod:`vllm_specplugin.noise`."""
 
 
 @inner
@@ -145,6 +147,7 @@ def estimate_coupled(
     position: Int,
     trust: float,
     estimates: DoubleArray,
+    kind: Int = PHILOX,
 ) -> None:
     """Probability of each candidate to be the target's choice, given the noise.
 
@@ -153,11 +156,12 @@ def estimate_coupled(
         q: ``[>= n]`` their probabilities.
         position: index in the sequence of the token being chosen.
         estimates: ``[>= n]`` receives the result.
+        kind: of the noise.
     """
     unseen, best = 1.0, -math.inf
     for i in range(n):
         unseen -= q[i]
-        noise = _gumbel(seed, position, candidates[i])
+        noise = _gumbel(seed, position, candidates[i], kind)
         estimates[i] = math.log(q[i]) + noise
         best = max(best, estimates[i])
     unseen = max(unseen, 0.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from vllm_specplugin.noise import PHILOX
 from vllm_specplugin.proposers._history_index import Int, inner, jit
 from vllm_specplugin.proposers._history_votes import estimate_coupled
 
@@ -54,6 +55,7 @@ def grow(
     tokens: npt.NDArray[np.int32],
     parents: npt.NDArray[np.int32],
     estimates: npt.NDArray[np.float64],
+    kind: Int = PHILOX,
 ) -> Int:
     """Takes the likeliest nodes, parents first; of equals the first found.
 
@@ -62,6 +64,7 @@ def grow(
         ranks: ``[k]`` probability of each, positive, in sum at most 1.
         position: of the first drafted token.
         tokens: ``[n]`` receives the nodes, ``n`` at most, as do the others.
+        kind: of the noise.
 
     Returns:
         The number of nodes.
@@ -79,7 +82,9 @@ def grow(
             n = successors(matrix[last], ranks, row, q)
             value[:n] = q[:n]
             if coupled and n:
-                estimate_coupled(row, q, n, seed, position + depth, trust, value)
+                estimate_coupled(
+                    row, q, n, seed, position + depth, trust, value, kind
+                )
             for i in range(n):
                 if above * value[i] >= min_survival:
                     token[found] = row[i]

@@ -78,6 +78,7 @@ class NgramProposer:
             trust=config.trust,
             min_survival=config.min_survival,
             vocab_size=engine.vocab_size,
+            noise=engine.noise,
         )
         self._drafter = HistoryDrafter(rule, 0, engine)
 

@@ -81,6 +81,7 @@ class SuffixProposer:
             trust=config.trust,
             min_survival=config.min_survival,
             vocab_size=engine.vocab_size,
+            noise=engine.noise,
         )
         self._drafter = HistoryDrafter(rule, config.store_tokens, engine)
 

@@ -59,6 +59,7 @@ class TokenRecyclingProposer:
 
         self._grow = grow
         self._config = config
+        self._noise = engine.noise
         self.needs_top = min(config.k, engine.vocab_size)
         self._matrix = np.full((engine.vocab_size, self.needs_top), -1, dtype=np.int32)
         ranks = np.arange(self.needs_top)
@@ -116,6 +117,7 @@ class TokenRecyclingProposer:
             tokens,
             parents,
             estimates,
+            self._noise,
         )
         return DraftTree(tokens[:n], parents[:n], estimates[:n]) if n else EMPTY_TREE
 

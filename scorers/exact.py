@@ -46,6 +46,8 @@ class ExactScorer:
 
 def choose(batch: ScoreBatch) -> torch.Tensor:
     """``[rows]`` int64: the token the target emits at each row."""
+    if batch.choose is not None:
+        return batch.choose()
     if batch.greedy.all():
         return batch.logits.argmax(dim=-1)
     owner = np.repeat(np.arange(len(batch.seeds)), np.diff(batch.starts))

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_specplugin.draft import DraftTree
+from vllm_specplugin.noise import PHILOX
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,7 @@ class EngineInfo:
     """Token counts that steps are padded to (captured CUDA graphs)."""
     fingerprint: str = ""
     """Names model, machine and settings, for what is measured and kept."""
+    noise: int = PHILOX  # of its requests, see vllm_specplugin.noise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +84,8 @@ class RequestView:
     """1 when off."""
     seed: int
     """Key of the request's noise: the token at ``position`` is
-    ``argmax_v log p(v) + gumbel(seed, position, v)`` under the scorer
-    ``exact``. See :mod:`vllm_specplugin.noise`."""
+    ``argmax_v log p(v) + gumbel(seed, position, v, engine.noise)`` under the
+    scorer ``exact``. See :mod:`vllm_specplugin.noise`."""
     options: Mapping[str, Any]
     """The request's own options (``SamplingParams.extra_args``)."""
 
@@ -254,6 +256,9 @@ class ScoreBatch:
     replacement: npt.NDArray[np.bool_] | None = None
     """``[requests]`` whether siblings were drawn independently of each other;
     else each from what the earlier ones had left of q."""
+    choose: Callable[[], torch.Tensor] | None = None
+    """Makes ``[rows]`` tokens that the engine's own sampler draws, if it has keyed
+    noise of its own: what ``exact`` emits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from vllm_specplugin import noise_murmur
+
 if TYPE_CHECKING:
     import torch
 
@@ -38,6 +40,8 @@ __all__ = [
     "CHOOSE",
     "FLIP",
     "LAST",
+    "MURMUR",
+    "PHILOX",
     "gumbel",
     "gumbel_rows",
     "philox4x32",
@@ -49,6 +53,10 @@ __all__ = [
 FLIP, CHOOSE, LAST = 1, 2, 3
 """Purposes of :func:`uniforms`: to accept a node, to choose among the children
 of a row, to draw the token after the accepted path."""
+
+PHILOX, MURMUR = 0, 1
+"""Which noise an engine has (``EngineInfo.noise``): that of this module, or that of
+vLLM's second model runner, see :mod:`.noise_murmur`."""
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -87,7 +95,7 @@ def philox4x32(
 
 
 def gumbel(
-    seed: int, position: int, tokens: npt.NDArray[np.integer]
+    seed: int, position: int, tokens: npt.NDArray[np.integer], kind: int = PHILOX
 ) -> npt.NDArray[np.float32]:
     """Noise of a few tokens at one position.
 
@@ -95,6 +103,7 @@ def gumbel(
         seed: key of the request, any 64-bit integer.
         position: index in the sequence of the token being chosen.
         tokens: ``[n]`` token ids.
+        kind: the engine's, :data:`PHILOX` or :data:`MURMUR`.
 
     Returns:
         ``[n]`` standard Gumbel values.
@@ -102,6 +111,8 @@ def gumbel(
     >>> [round(float(g), 3) for g in gumbel(1, 5, np.array([3, 9, 3]))]
     [-0.082, 0.626, -0.082]
     """
+    if kind == MURMUR:
+        return noise_murmur.gumbel(seed, position, tokens)
     tokens = np.asarray(tokens, dtype=np.uint64)
     counter = np.empty((4, len(tokens)), dtype=np.uint64)
     counter[0] = tokens >> np.uint64(2)
@@ -255,16 +266,18 @@ def _compiled_block() -> Any:
 
 @lru_cache(maxsize=1)
 def scalar_gumbel() -> Any:
-    """Compiled ``(uint64 seed, int position, int token) -> float64`` noise, for
-    proposers' compiled loops. Same random words as :func:`gumbel`, and the same
-    values up to float32's rounding of the logarithms."""
+    """Compiled ``(uint64 seed, int position, int token, int kind) -> float64``
+    noise, for proposers' compiled loops. Same random words as :func:`gumbel`, and
+    the same values up to float32's rounding of the logarithms."""
     from numba import njit
 
-    block = _compiled_block()
+    block, murmur = _compiled_block(), noise_murmur.scalar_gumbel()
     below_one = float(_ONE_BELOW_ONE)
 
     @njit(cache=True, nogil=True)
-    def scalar(seed, position, token):  # type: ignore[no-untyped-def]
+    def scalar(seed, position, token, kind=PHILOX):  # type: ignore[no-untyped-def]
+        if kind == MURMUR:
+            return murmur(seed, position, token)
         c0, c1, c2, c3 = block(np.uint64(token >> 2), np.uint64(position), seed)
         word = token & 3
         bits = c0 if word == 0 else c1 if word == 1 else c2 if word == 2 else c3

@@ -111,11 +111,12 @@ def take(
     def of_requests(values: Any) -> Any:
         return [values[r] for r in requests] if len(values) else values
 
-    history = batch.history
+    history, choose = batch.history, batch.choose
+    index = torch.from_numpy(rows).to(batch.logits.device)
     return (
         replace(
             batch,
-            logits=batch.logits[torch.from_numpy(rows).to(batch.logits.device)],
+            logits=batch.logits[index],
             starts=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
             tokens=batch.tokens[rows],
             parents=place[batch.parents[rows]],
@@ -125,6 +126,7 @@ def take(
             req_ids=of_requests(batch.req_ids),
             settings=of_requests(batch.settings),
             history=None if history is None else lambda r: history(int(requests[r])),
+            choose=None if choose is None else lambda: choose()[index],
             draft_rows=of_rows(batch.draft_rows),
             sampled=of_rows(batch.sampled),
             replacement=None
