@@ -57,12 +57,18 @@ def engine_arguments(
     }
 
 
+def second_runner() -> bool:
+    from vllm import envs
+    from vllm.triton_utils import HAS_TRITON
+    return HAS_TRITON if envs.VLLM_USE_V2_MODEL_RUNNER is None else envs.VLLM_USE_V2_MODEL_RUNNER
+
+
 def _drafter(config: SpecConfig) -> Mapping[str, Any]:
     """What of vLLM's drafts: nothing, unless the proposer asks for it."""
     factory, options = resolve(config, "proposer")
     ask = getattr(factory, "speculative", None)
     asked = None if ask is None else ask(options)
-    return asked or {"method": "custom_class", "model": DRAFTER}
+    return asked or ({"method": "ngram_gpu"} if second_runner() else {"method": "custom_class", "model": DRAFTER})
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from vllm_specplugin import __version__
 from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.interfaces import EngineInfo
+from vllm_specplugin.noise import PHILOX
 from vllm_specplugin.vllm.upstream import installed_version
 
 __all__ = ["describe_engine"]
@@ -19,12 +20,13 @@ __all__ = ["describe_engine"]
 def describe_engine(runner: Any, config: SpecConfig) -> EngineInfo:
     """Reads it off one of vLLM's runners."""
     return EngineInfo(
-        vocab_size=runner.input_batch.vocab_size,
+        vocab_size=runner.model_config.get_vocab_size(),
         max_model_len=runner.max_model_len,
         max_num_seqs=runner.max_num_reqs,
-        max_nodes=runner.num_spec_tokens,
+        max_nodes=runner.vllm_config.num_speculative_tokens,
         graph_sizes=_graph_sizes(runner),
         fingerprint=_fingerprint(runner, config),
+        noise=getattr(runner, "spec_noise", PHILOX),
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from vllm_specplugin.interfaces import ScoreResult
 from vllm_specplugin.layout import StepLayout
 
-__all__ = ["likeliest", "show_rows"]
+__all__ = ["likeliest", "show", "show_rows"]
 
 IntArray = npt.NDArray[np.int32]
 
@@ -39,21 +39,43 @@ def likeliest(runner: Any, logits: torch.Tensor) -> IntArray | None:
 
 
 def show_rows(runner: Any, top: IntArray | None, result: ScoreResult) -> None:
+    """:func:`show` for vLLM's first runner."""
+    if top is None:
+        return
+    layout: StepLayout = runner.spec.step.layout
+    count = len(layout.trees)
+    roots = runner.input_batch.token_ids_cpu[
+        np.arange(count), np.asarray(layout.root_positions)
+    ]
+    sampled = ~runner.discard_request_mask.np[:count]
+    show(runner.spec.drafter, layout, roots, sampled, top, result)
+
+
+def show(
+    drafter: Any,
+    layout: StepLayout,
+    roots: IntArray,
+    sampled: npt.NDArray[np.bool_],
+    top: IntArray,
+    result: ScoreResult,
+) -> None:
     """Hands a step's rows to the proposer.
 
     Rows of prompts that are not read to their end are among them, with nothing
     emitted: what follows there is the user's text.
+
+    Args:
+        drafter: the :class:`~vllm_specplugin.drafting.Drafter`.
+        layout: of the step.
+        roots: ``[requests]`` token each root read.
+        sampled: ``[requests]`` whether a request emits anything.
+        top: see :func:`likeliest`.
+        result: what was emitted.
     """
-    if top is None:
-        return
-    layout: StepLayout = runner.spec.step.layout
-    batch, count = runner.input_batch, len(layout.trees)
     tokens = layout.tokens.copy()
-    tokens[layout.starts[:-1]] = batch.token_ids_cpu[
-        np.arange(count), np.asarray(layout.root_positions)
-    ]
+    tokens[layout.starts[:-1]] = roots
     emits = np.arange(result.tokens.shape[1]) < result.lengths[:, None]
-    emits &= ~runner.discard_request_mask.np[:count, None]
+    emits &= sampled[:, None]
     emitted = np.full(layout.num_rows, -1, dtype=np.int32)
     emitted[result.rows[emits]] = result.tokens[emits]
-    runner.spec.drafter.observe_rows(tokens, top, emitted)
+    drafter.observe_rows(tokens, top, emitted)

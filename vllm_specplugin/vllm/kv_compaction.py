@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from vllm_specplugin.layout import Move
+from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
 from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan
 
-__all__ = ["compact"]
+__all__ = ["compact", "compact_paths"]
 
 
 def compact(runner: Any, plan: TreeAttentionPlan, moves: Sequence[Move]) -> int:
@@ -50,3 +51,45 @@ def compact(runner: Any, plan: TreeAttentionPlan, moves: Sequence[Move]) -> int:
                 layer, key[kept], value[kept], layer.kv_cache, slots
             )
     return len(source)
+
+
+def compact_paths(
+    runner: Any, plan: DeviceTreePlan, slots: torch.Tensor, path: torch.Tensor
+) -> torch.Tensor:
+    """The same for trees kept on the device.
+
+    Args:
+        runner: vLLM's second runner, for its layers.
+        plan: the step's plan, with the keys and values put aside.
+        slots: ``[groups, rows]`` cache slot of each flat row.
+        path: ``[requests, 1 + max_nodes]`` nodes of the accepted path by depth,
+            counted from 1; 0 for none.
+
+    Returns:
+        How many rows of one layer were stored, on the device.
+    """
+    count, nodes = len(path), path[:, 1:]
+    depths = torch.arange(1, path.shape[1], device=path.device)
+    misplaced = (nodes > 0) & (nodes != depths)
+    first = torch.arange(count, device=path.device)[:, None] * nodes.shape[1]
+    source = first + (nodes - 1).clamp(min=0)
+    target = (plan.root_rows[:, None] + depths).clamp(max=slots.shape[1] - 1)
+    if path.device.type == "cpu":  # elsewhere counting them would wait for the device
+        source, target = source[misplaced], target[misplaced]
+    context = runner.compilation_config.static_forward_context
+    for gid, group in enumerate(runner.kv_cache_config.kv_cache_groups):
+        places = slots[gid][target]
+        if path.device.type != "cpu":
+            places = places.masked_fill(~misplaced, -1)  # stores nothing
+        for name in group.layer_names:
+            if name not in plan.kept:
+                continue
+            layer, (key, value) = context[name], plan.kept[name]
+            layer.impl.do_kv_cache_update(
+                layer,
+                key[source.flatten()],
+                value[source.flatten()],
+                layer.kv_cache,
+                places.flatten(),
+            )
+    return misplaced.sum()

@@ -14,6 +14,7 @@ from typing import Any
 from vllm_specplugin import __version__
 from vllm_specplugin.config import CONFIG_KEY, SpecConfig
 from vllm_specplugin.errors import ConfigError, UnsupportedError, complain
+from vllm_specplugin.vllm.refusals import check_first, check_second
 from vllm_specplugin.vllm.upstream import check_version, installed_version
 
 __all__ = ["SpecWorkerMixin", "adopt"]
@@ -81,27 +82,10 @@ def adopt(runner: Any, config: SpecConfig) -> None:
         UnsupportedError: the runner is not one the plugin knows, or a part of
             the configuration rules trees and chains out altogether.
     """
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as First
 
-    from vllm_specplugin.vllm.runner_v1 import TreeRunnerV1
     from vllm_specplugin.vllm.state import SpecState
 
-    if not isinstance(runner, GPUModelRunner):
-        raise UnsupportedError(
-            complain(
-                f"model runner {type(runner).__module__}.{type(runner).__name__}",
-                "vLLM's first model runner",
-                "unset VLLM_USE_V2_MODEL_RUNNER",
-            )
-        )
-    if runner.use_async_scheduling:
-        raise UnsupportedError(
-            complain(
-                "asynchronous scheduling",
-                "synchronous scheduling: drafts are made from the sampled tokens",
-                "drop --async-scheduling",
-            )
-        )
     if runner.is_pooling_model or runner.model_config.is_encoder_decoder:
         raise UnsupportedError(
             complain(
@@ -110,10 +94,18 @@ def adopt(runner: Any, config: SpecConfig) -> None:
                 "drop --spec-proposer for this model",
             )
         )
+    if isinstance(runner, First):
+        check_first(runner)
+        from vllm_specplugin.vllm.runner_v1 import TreeRunnerV1 as Ours
+    else:
+        check_second(runner)
+        from vllm_specplugin.vllm.runner_v2 import TreeRunnerV2 as Ours
     base: Any = type(runner)
-    runner.__class__ = type(f"Tree{base.__name__}", (TreeRunnerV1, base), {})
+    runner.__class__ = type(f"Tree{base.__name__}", (Ours, base), {})
     adopted: Any = runner  # mypy knows it as vLLM's class by now
     adopted.spec = SpecState(config, runner)
+    if not isinstance(runner, First):
+        adopted.adopted()
 
 
 def _log_as_vllm_does() -> None:

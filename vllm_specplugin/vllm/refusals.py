@@ -1,0 +1,70 @@
+"""What stops the engine at start: settings that no runner of ours can honour."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_specplugin.errors import UnsupportedError, complain
+
+__all__ = ["check_first", "check_second"]
+
+_FIRST = "or use vLLM's first model runner: VLLM_USE_V2_MODEL_RUNNER=0"
+
+
+def check_first(runner: Any) -> None:
+    """Raises :class:`UnsupportedError` for vLLM's first model runner."""
+    if runner.use_async_scheduling:
+        raise UnsupportedError(
+            complain(
+                "asynchronous scheduling",
+                "synchronous scheduling: drafts are made from the sampled tokens",
+                "drop --async-scheduling",
+            )
+        )
+
+
+def check_second(runner: Any) -> None:
+    """Raises :class:`UnsupportedError` for vLLM's second model runner."""
+    speculative, parallel = runner.speculative_config, runner.parallel_config
+    model = runner.model_config
+    if speculative.enable_adaptive_verification:
+        raise UnsupportedError(
+            complain(
+                "vLLM's adaptive verification together with the plugin's policy",
+                "one of the two to decide how many drafts are verified",
+                "drop enable_adaptive_verification from the proposer's 'engine'",
+            )
+        )
+    if speculative.rejection_sample_method != "standard":
+        raise UnsupportedError(
+            complain(
+                f"rejection_sample_method={speculative.rejection_sample_method!r}",
+                "the plugin's scorer to decide what is accepted",
+                "drop it from the proposer's 'engine' and choose --spec-scorer",
+            )
+        )
+    for found, wrong in (
+        (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),
+        (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),
+        (parallel.enable_batch_sharded_sampling, "batch-sharded sampling"),
+        (runner.vllm_config.watermark_config is not None, "watermarking"),
+        (model.return_sampling_mask, "return_sampling_mask"),
+        (model.enable_trace_replay, "trace replay"),
+        (model.is_diffusion, "a diffusion model"),
+    ):
+        if found:
+            raise UnsupportedError(
+                complain(
+                    f"{wrong} on vLLM's second model runner",
+                    "none of it: trees are laid out by one rank, in vLLM's samplers",
+                    f"switch it off, {_FIRST}",
+                )
+            )
+    if runner.scheduler_config.async_scheduling:
+        raise UnsupportedError(
+            complain(
+                "asynchronous scheduling",
+                "synchronous scheduling: drafts are made from the sampled tokens",
+                "drop --async-scheduling",
+            )
+        )

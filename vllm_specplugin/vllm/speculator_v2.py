@@ -1,0 +1,84 @@
+"""Drafting on vLLM's second runner, in place of the drafter it has built.
+
+vLLM builds one of its own drafters there, from a closed list. Ours is mixed into
+whichever that is: vLLM goes on to load it and to run it, where the plugin's
+proposer wants its drafts, and the plugin answers when vLLM asks for drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["NativeDraftsV2", "TreeSpeculator"]
+
+
+class TreeSpeculator:
+    """Mixed into vLLM's drafter."""
+
+    spec_runner: Any
+
+    def propose(self, input_batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``[requests, num_speculative_tokens]`` int64, -1 nowhere: what is not
+        drafted is not scheduled, or never accepted."""
+        runner = self.spec_runner
+        own = None
+        if runner.spec.follows_native:
+            # Also where nothing is to be drafted: it follows the target's text.
+            own = super().propose(input_batch, *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("dummy_run"):
+            shape = (input_batch.num_reqs, runner.num_speculative_steps)
+            return (
+                torch.zeros(shape, dtype=torch.int64, device=runner.device)
+                if own is None
+                else own
+            )
+        drafts: torch.Tensor = runner.draft_step(input_batch, own)
+        return drafts
+
+
+class NativeDraftsV2:
+    """What vLLM's drafter made in this step; see
+    :class:`~vllm_specplugin.interfaces.NativeDrafts`.
+
+    Args:
+        speculator: the drafter.
+        batch: vLLM's ``InputBatch``.
+        drafted: ``[requests, k]`` its tokens.
+        temperatures: ``[slots]``.
+    """
+
+    def __init__(
+        self, speculator: Any, batch: Any, drafted: torch.Tensor, temperatures: Any
+    ) -> None:
+        self._tokens = drafted.tolist()
+        self._index = {req_id: i for i, req_id in enumerate(batch.req_ids)}
+        self._slots = batch.idx_mapping_np
+        self._logits = speculator.draft_logits
+        self._temperatures = temperatures
+
+    def of(self, req_ids: Sequence[str]) -> _Some:
+        """What a proposer is shown, for some of the requests."""
+        return _Some(self, [self._index[req_id] for req_id in req_ids])
+
+    def finish(self) -> None:
+        """It has run already."""
+
+
+class _Some:
+    def __init__(self, drafts: NativeDraftsV2, indices: list[int]) -> None:
+        self._drafts, self._indices = drafts, indices
+
+    def draft(self, length: int) -> tuple[Sequence[Sequence[int]], torch.Tensor | None]:
+        drafts = self._drafts
+        tokens = [drafts._tokens[i][:length] for i in self._indices]
+        if drafts._logits is None:
+            return tokens, None
+        slots = drafts._slots[self._indices]
+        # Kept before temperature; requests that decode greedily use no q.
+        scale = torch.from_numpy(drafts._temperatures[slots]).clamp(min=1e-5)
+        logits = drafts._logits[torch.from_numpy(slots).to(drafts._logits.device)]
+        scaled = logits[:, :length].float() / scale.to(logits.device)[:, None, None]
+        return tokens, scaled.softmax(dim=-1)

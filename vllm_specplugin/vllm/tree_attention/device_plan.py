@@ -1,0 +1,80 @@
+"""What the attention layers of a step are told about trees kept on the device."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from vllm_specplugin.vllm.device_trees import DeviceTrees
+from vllm_specplugin.vllm.tree_attention.plan import TreeRows
+
+__all__ = ["DeviceTreePlan"]
+
+
+class DeviceTreePlan:
+    """Does what :class:`~.plan.TreeAttentionPlan` does.
+
+    A kernel reads the buffers of ``trees`` itself. :attr:`rows` is for those that
+    want arrays: it waits for the device, which on CPU is nothing.
+
+    Args:
+        trees: filled for the step.
+        query_start_loc: ``[requests + 1]`` first flat row of each request.
+        seq_lens: ``[requests]`` tokens of each sequence, nodes included.
+    """
+
+    def __init__(
+        self, trees: DeviceTrees, query_start_loc: torch.Tensor, seq_lens: torch.Tensor
+    ) -> None:
+        count = trees.requests
+        self.trees = trees
+        self.query_start_loc = query_start_loc[: count + 1]
+        self.seq_lens = seq_lens[:count]
+        self.kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        """``layer name -> (keys, values)`` of :attr:`node_rows`."""
+        nodes = torch.arange(trees.max_nodes, device=seq_lens.device)
+        self.live = nodes < trees.num_nodes[:count, None]
+        """``[requests, max_nodes]`` whether there is such a node."""
+        self.root_rows = self.query_start_loc[1:].long() - 1 - trees.num_nodes[:count]
+        """``[requests]`` flat row of each root."""
+        self.node_rows = torch.where(
+            self.live, self.root_rows[:, None] + 1 + nodes, self.root_rows[:, None]
+        ).flatten()
+        """``[requests * max_nodes]`` flat row of each node; its root's for none."""
+
+    def place(self, positions: torch.Tensor) -> None:
+        """Turns the nodes' flat positions into ``root + depth``, in place."""
+        nodes = torch.arange(self.trees.max_nodes, device=positions.device)
+        change = self.trees.depths[: self.trees.requests] - 1 - nodes
+        change = change.masked_fill(~self.live, 0).flatten()
+        positions.index_add_(0, self.node_rows, change.to(positions.dtype))
+
+    def keep(self, layer_name: str, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Puts aside the nodes' keys and values of one layer."""
+        self.kept[layer_name] = key[self.node_rows], value[self.node_rows]
+
+    @cached_property
+    def rows(self) -> TreeRows:
+        """The nodes that a causal kernel gets wrong."""
+        count = self.trees.requests
+        assert self.trees.ancestors.shape[-1] == 1, "arrays hold one word per node"
+        seen = self.trees.ancestors[:count, :, 0].cpu().numpy().view(np.uint64)
+        nodes = np.arange(seen.shape[1])
+        # A node of the chain in front sees all nodes up to itself.
+        causal = np.uint64(2**64 - 1) >> (63 - nodes).astype(np.uint64)
+        request, node = np.nonzero((seen != causal) & self.live.cpu().numpy())
+        first = self.root_rows.cpu().numpy()[request] + 1
+        context = (self.seq_lens - self.trees.num_nodes[:count]).cpu().numpy()
+        return TreeRows(
+            (first + node).astype(np.int64),
+            request.astype(np.int32),
+            context[request].astype(np.int64),
+            seen[request, node],
+        )
+
+    @cached_property
+    def query_index(self) -> torch.Tensor:
+        """Flat rows of :attr:`rows`."""
+        return torch.from_numpy(self.rows.query).to(self.node_rows.device)
