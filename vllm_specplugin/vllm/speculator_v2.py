@@ -35,7 +35,7 @@ class TreeSpeculator:
                 if own is None
                 else own
             )
-        drafts: torch.Tensor = runner.draft_step(input_batch, own)
+        drafts: torch.Tensor = runner.spec_side.draft(input_batch, own)
         return drafts
 
 

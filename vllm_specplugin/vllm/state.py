@@ -20,7 +20,7 @@ from vllm_specplugin.trace import TraceWriter
 from vllm_specplugin.vllm.draft_lm import PagedDraftModel
 from vllm_specplugin.vllm.engine_info import describe_engine
 from vllm_specplugin.vllm.native_drafts import NativeCall
-from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan
+from vllm_specplugin.vllm.speculator_v2 import NativeDraftsV2
 
 __all__ = ["SpecState", "Step"]
 
@@ -29,7 +29,9 @@ class Step(NamedTuple):
     """What one step carries from its preparation to its sampling."""
 
     layout: StepLayout
-    plan: TreeAttentionPlan | None
+    plan: Any
+    """A :class:`~.tree_attention.plan.TreeAttentionPlan` or, on vLLM's second runner, a
+    :class:`~.tree_attention.device_plan.DeviceTreePlan`; ``None`` without branches."""
     num_tokens: int
     started: float
 
@@ -44,7 +46,7 @@ class SpecState:
         self.metrics = SpecMetrics()
         self.scorer = RequestScorer(config, self.engine)
         self.fallback_scorer = ExactScorer(None, self.engine)
-        proposer = build(config, "proposer", self.engine)
+        self.proposer = proposer = build(config, "proposer", self.engine)
         self.drafter = Drafter(
             proposer,
             build(config, "policy", self.engine),
@@ -65,7 +67,7 @@ class SpecState:
         self.draft_model: PagedDraftModel | None = None
         """Beside the runner from the time its caches exist, if it has one."""
         self.follows_native = bool(getattr(proposer, "native", False))
-        self.native: NativeCall | None = None
+        self.native: NativeCall | NativeDraftsV2 | None = None
         """The call of vLLM's drafter that is due in this step."""
         self.drafts_wait = False
         """Whether drafts are due once the sampled tokens are booked."""

@@ -1,0 +1,263 @@
+"""Steps of vLLM's second runner whose drafts stay on the device.
+
+Trees, walk, compaction and counters are tensors by request slot; the host only
+knows how many nodes are scheduled. So the scheduler runs ahead as it does for
+vLLM's own device-side drafters. Requests are decided by ``exact``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+from vllm_specplugin.device_interfaces import DeviceContext, DeviceProposer
+from vllm_specplugin.vllm.device_trees import walk
+from vllm_specplugin.vllm.kv_compaction import compact_paths
+from vllm_specplugin.vllm.sampling_v2 import Rows
+from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
+
+__all__ = ["DeviceSide"]
+
+logger = logging.getLogger(__name__)
+
+_COUNTERS = (
+    "steps",
+    "requests",
+    "drafts",
+    "nodes",
+    "accepted",
+    "emitted",
+    "kv_rows_moved",
+)
+
+
+class DeviceSide:
+    """Beside vLLM's runner.
+
+    Args:
+        runner: of ours; see :mod:`.runner_v2`.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self._spec = runner.spec
+        nodes, device = runner.num_speculative_steps, runner.device
+        offered = runner.spec.proposer.on_device(nodes, device)
+        self._proposer: DeviceProposer = offered
+        shape = (runner.max_num_reqs, nodes)
+        self._tokens = torch.full(shape, -1, dtype=torch.int64, device=device)
+        self._parents = torch.full_like(self._tokens, -1)
+        self._chains = torch.zeros(shape[0], dtype=torch.bool, device=device)
+        self._counts = torch.zeros(len(_COUNTERS), dtype=torch.int64, device=device)
+        self._slots: dict[str, int] = {}
+        self._failures = 0
+        self.in_step = False
+        """Whether a step is being computed, and not a warm-up."""
+        self._nodes: DeviceTreePlan | None = None
+        self.plan: DeviceTreePlan | None = None
+        """The step's trees, unless the engine verifies chains only."""
+
+    # ------------------------------------------------------------ requests
+
+    def admit(self, slot: int, new: Any) -> None:
+        self._slots[new.req_id] = slot
+        self._tokens[slot] = -1
+        self._chains[slot] = self._runner.chain_only(new.sampling_params)
+
+    def forget_drafts(self, req_ids: Sequence[str]) -> None:
+        for req_id in req_ids:
+            self._slots.pop(req_id, None)
+
+    # -------------------------------------------------------------- a step
+
+    def prepare(self, scheduler_output: Any, batch: Any, started: float) -> None:
+        """Lays out the trees drafted for the requests of the step."""
+        del scheduler_output, started
+        self.in_step = True
+        self._nodes = self.plan = None
+        counts = batch.num_draft_tokens_per_req
+        if counts is None or not counts.any():
+            return
+        trees, slots = self._runner.device_trees, batch.idx_mapping
+        scheduled = torch.from_numpy(counts.astype(np.int32)).to(slots.device)
+        trees.lay_out(self._tokens[slots], self._parents[slots], scheduled)
+        self._nodes = DeviceTreePlan(trees, batch.query_start_loc, batch.seq_lens)
+        if self._spec.why_chains is None:
+            self.plan = self._nodes
+
+    def sample(
+        self, logits: torch.Tensor, batch: Any, invalid: torch.Tensor | None
+    ) -> SamplerOutput:
+        """Draws at every row and follows the matches; see
+        :meth:`~.host_side.HostSide.sample`."""
+        runner, nodes = self._runner, self._nodes
+        plan, self.plan, self.in_step = self.plan, None, False
+        top = self._likeliest(logits)
+        rows = Rows(runner.sampler, logits, batch)
+        chosen = rows.draw()
+        count, most = batch.num_reqs, runner.device_trees.max_nodes
+        starts = batch.cu_num_logits[:count].long()
+        if nodes is None:
+            path = torch.zeros(count, 1, dtype=torch.int64, device=logits.device)
+            accepted = path[:, 0]
+            tokens = path[:, :0]
+        else:
+            places = torch.arange(1 + most, device=logits.device)
+            at = (starts[:, None] + places).clamp(max=len(chosen) - 1)
+            trees = runner.device_trees
+            tokens = trees.tokens[:count]
+            if invalid is not None:
+                tokens = tokens.masked_fill(invalid[at[:, 1:]], -1)
+            path, accepted = walk(
+                chosen[at],
+                tokens,
+                trees.parents[:count],
+                trees.depths[:count],
+                trees.ancestors[:count],
+            )
+        moved = accepted.new_zeros(())
+        if plan is not None:
+            moved = compact_paths(runner, plan, runner.spec_slots, path)
+        emitted = chosen[starts[:, None] + path]
+        output = rows.output(
+            emitted,
+            (accepted + 1).int(),
+            lambda: _by_path(batch, starts, path, accepted, emitted),
+        )
+        self._book(output.num_sampled, tokens, accepted, moved)
+        if top is not None:
+            self._show(batch, starts, path, accepted, chosen, tokens, top, output)
+        return output
+
+    def _likeliest(self, logits: torch.Tensor) -> torch.Tensor | None:
+        wanted = min(self._proposer.needs_top, logits.shape[-1])
+        if not wanted:
+            return None
+        values, ids = torch.topk(logits, wanted, dim=-1)
+        return ids.masked_fill(torch.isneginf(values), -1)
+
+    def _book(
+        self,
+        num_sampled: torch.Tensor,
+        tokens: torch.Tensor,
+        accepted: torch.Tensor,
+        moved: torch.Tensor,
+    ) -> None:
+        emits = num_sampled > 0
+        drafted = (tokens >= 0).sum(-1) * emits
+        self._counts += torch.stack(
+            [
+                emits.any().long(),
+                emits.sum(),
+                (drafted > 0).sum(),
+                drafted.sum(),
+                (accepted * emits).sum(),
+                num_sampled.sum(),
+                moved,
+            ]
+        )
+
+    def _show(
+        self,
+        batch: Any,
+        starts: torch.Tensor,
+        path: torch.Tensor,
+        accepted: torch.Tensor,
+        chosen: torch.Tensor,
+        tokens: torch.Tensor,
+        top: torch.Tensor,
+        output: SamplerOutput,
+    ) -> None:
+        """Hands the step's rows to the proposer."""
+        read = batch.input_ids[batch.logits_indices].long()
+        if tokens.shape[1]:
+            local = batch.expanded_local_pos.long()
+            owner = _owners(batch, len(read))
+            node = tokens[owner, (local - 1).clamp(min=0)]
+            read = torch.where((local > 0) & (node < 0), -1, read)
+        depth = torch.arange(path.shape[1], device=path.device)
+        visited = (depth <= accepted[:, None]) & (output.num_sampled > 0)[:, None]
+        emits = torch.zeros(len(read) + 1, dtype=torch.bool, device=path.device)
+        rows = torch.where(visited, starts[:, None] + path, len(read))
+        emits[rows.flatten()] = True
+        emitted = torch.where(emits[:-1], chosen, -1)
+        try:
+            self._proposer.observe_rows(read, top, emitted)
+        except Exception:
+            self._failed()
+
+    # ------------------------------------------------------------ drafting
+
+    def draft(self, batch: Any, own: torch.Tensor | None) -> torch.Tensor:
+        """Drafts for the next step; see :meth:`~.host_side.HostSide.draft`."""
+        del own
+        runner, slots = self._runner, batch.idx_mapping
+        states = runner.sampler.sampling_states
+        count, most = len(slots), runner.device_trees.max_nodes
+        tokens = torch.full((count, most), -1, dtype=torch.int64, device=slots.device)
+        parents = tokens.clone()
+        if self._spec.config.proposer != "none" and self._spec.drafter.enabled:
+            try:
+                tokens, parents = self._proposer.propose(
+                    DeviceContext(
+                        last=runner.req_states.last_sampled_tokens[slots, 0],
+                        positions=runner.req_states.total_len.gpu[slots].long(),
+                        seeds=states.seeds.gpu[slots],
+                        temperatures=states.temperature.gpu[slots],
+                        chains=self._chains[slots],
+                    )
+                )
+            except Exception:
+                self._failed()
+        before = torch.arange(most, device=slots.device) - 1
+        self._parents[slots] = torch.minimum(parents, before).clamp(min=-1)
+        tokens = tokens.masked_fill(tokens >= runner.vocab_size, -1)
+        self._tokens[slots] = tokens
+        return tokens.clamp(min=0)
+
+    def _failed(self) -> None:
+        failures = self._spec.metrics.failures
+        failures["proposer_error"] += 1
+        self._failures += 1
+        if self._failures == 1:
+            logger.exception("proposer %r failed", self._spec.config.proposer)
+        if self._failures >= self._spec.config.max_failures:
+            self._spec.drafter.enabled = False
+            failures["disabled"] += 1
+
+    def take_drafts(self) -> None:
+        """Left to vLLM, which asks for them where there is a grammar."""
+
+    def settle(self) -> None:
+        """Adds what was counted on the device to the counters."""
+        for name, count in zip(_COUNTERS, self._counts.tolist()):
+            metrics = self._spec.metrics
+            setattr(metrics, name, getattr(metrics, name) + count)
+        self._counts.zero_()
+
+
+def _owners(batch: Any, rows: int) -> torch.Tensor:
+    """``[rows]`` request of each row."""
+    index = torch.arange(rows, device=batch.cu_num_logits.device)
+    ends = batch.cu_num_logits[1:].contiguous()
+    return torch.searchsorted(ends, index.to(ends.dtype), right=True)
+
+
+def _by_path(
+    batch: Any,
+    starts: torch.Tensor,
+    path: torch.Tensor,
+    accepted: torch.Tensor,
+    emitted: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :meth:`~.sampling_v2.Rows.output`."""
+    rows = len(batch.logits_indices)
+    owner, local = _owners(batch, rows), batch.expanded_local_pos.long()
+    place = local.clamp(max=path.shape[1] - 1)
+    node = torch.where(local <= accepted[owner], path[owner, place], local)
+    return starts[owner] + node, emitted[owner, place]
