@@ -89,7 +89,12 @@ class DraftModelProposer:
                     """give it: --spec-options '{"proposer": {"model": "..."}}'""",
                 )
             )
-        return {**config.engine, "method": "draft_model", "model": config.model}
+        return {
+            **config.engine,
+            "method": "draft_model",
+            "model": config.model,
+            "driven": True,
+        }
 
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
         assert ctx.draft_model is not None, "the runner gives what speculative() asks"

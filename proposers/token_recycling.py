@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,11 @@ import numpy.typing as npt
 from vllm_specplugin.config import option
 from vllm_specplugin.draft import EMPTY_TREE, DraftTree
 from vllm_specplugin.interfaces import EngineInfo, ProposeContext, RequestView
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_specplugin.device_interfaces import DeviceProposer
 
 __all__ = ["MEMORY", "TokenRecyclingProposer"]
 
@@ -120,6 +126,23 @@ class TokenRecyclingProposer:
             self._noise,
         )
         return DraftTree(tokens[:n], parents[:n], estimates[:n]) if n else EMPTY_TREE
+
+    def on_device(self, nodes: int, device: torch.device) -> DeviceProposer:
+        """See :class:`~vllm_specplugin.device_interfaces.OffersDevice`."""
+        from vllm_specplugin.proposers._recycling_device import DeviceRecycling
+
+        config = self._config
+        return DeviceRecycling(
+            self._matrix,
+            self._hits,
+            self._seen,
+            nodes=nodes,
+            deepest=config.depth,
+            least=config.min_survival,
+            coupled=config.coupled,
+            memory=MEMORY,
+            device=device,
+        )
 
     def release(self, req_ids: Sequence[str]) -> None:
         """Nothing is kept per request."""

@@ -36,6 +36,8 @@ class ExactScorer:
     """Sample every row once with keyed noise, then follow the matches."""
 
     lossless = True
+    emits_draws = True
+    """Emits what the engine draws at the visited rows, and nothing else."""
 
     def __init__(self, config: None, engine: EngineInfo) -> None:
         del config, engine

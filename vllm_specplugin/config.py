@@ -31,6 +31,7 @@ __all__ = [
     "models_dir",
     "option",
     "parse_options",
+    "use_first_runner",
 ]
 
 CONFIG_KEY = "specplugin"
@@ -289,3 +290,8 @@ def models_dir() -> Path | None:
 def child_environment(**changes: str) -> dict[str, str]:
     """This process's environment with some variables changed."""
     return {**os.environ, **changes}
+
+
+def use_first_runner() -> None:
+    """Has vLLM use its first model runner in this process and its children."""
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"

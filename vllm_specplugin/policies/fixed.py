@@ -38,6 +38,13 @@ class FixedPolicy:
         self._nodes = config.nodes or engine.max_nodes
         self._step_nodes = config.step_nodes
 
+    @classmethod
+    def steady_nodes(cls, config: Config, max_nodes: int) -> int | None:
+        """Nodes of every request and step, if they never vary."""
+        if config.step_nodes:
+            return None
+        return min(config.nodes or max_nodes, max_nodes)
+
     def budget(self, ctx: BudgetContext) -> Sequence[int]:
         return [min(self._nodes, limit) for limit in ctx.limits]
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from vllm_specplugin.config import CONFIG_KEY, SpecConfig, resolve
 from vllm_specplugin.errors import ConfigError, complain
+from vllm_specplugin.vllm.log import log_as_vllm_does
+from vllm_specplugin.vllm.runner_choice import choose_runner
 from vllm_specplugin.vllm.upstream import check_version
 
 __all__ = ["DRAFTER", "WORKER", "add_flags", "apply_flags", "engine_arguments"]
+
+logger = logging.getLogger(__name__)
 
 WORKER = "vllm_specplugin.vllm.worker.SpecWorker"
 DRAFTER = "vllm_specplugin.vllm.drafter.PluginDrafter"
@@ -24,8 +30,14 @@ def engine_arguments(
     policy: str,
     max_nodes: int,
     options: Mapping[str, Any],
+    asynchronous: bool | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of ``vllm.EngineArgs`` that switch the plugin on.
+
+    Args:
+        proposer, scorer, policy, max_nodes, options: see ``speculate()``.
+        asynchronous: whether vLLM was told to schedule asynchronously; ``None``
+            for its own choice.
 
     Raises:
         ConfigError: a name or an option is wrong.
@@ -39,14 +51,22 @@ def engine_arguments(
         max_nodes=max_nodes,
         options=options,
     )
-    asked = _drafter(config)
-    drafted = asked.get("num_speculative_tokens", config.max_nodes)
+    asked = {"method": "custom_class", "model": DRAFTER}
+    choice = choose_runner(config, _asked(config), asked, asynchronous)
+    if choice.why:
+        log_as_vllm_does()
+        logger.info("vllm-specplugin: %s", choice.why)
+    drafted = choice.method.get("num_speculative_tokens", config.max_nodes)
     if config.proposer == "none":
         drafted = 1
-    return {
+    if choice.nodes is not None:
+        drafted = choice.nodes
+        # Requests that chose another rule would be decided on the host.
+        config = replace(config, request_scorers=(config.scorer,))
+    arguments = {
         "worker_cls": WORKER,
         "speculative_config": {
-            **asked,
+            **choice.method,
             "num_speculative_tokens": drafted,
             # One entry for every batch size. Its presence makes the scheduler
             # take drafts as they come instead of padding new requests with
@@ -55,20 +75,16 @@ def engine_arguments(
         },
         "additional_config": {CONFIG_KEY: config.to_dict()},
     }
+    if choice.second and choice.nodes is None:
+        arguments["async_scheduling"] = False
+    return arguments
 
 
-def second_runner() -> bool:
-    from vllm import envs
-    from vllm.triton_utils import HAS_TRITON
-    return HAS_TRITON if envs.VLLM_USE_V2_MODEL_RUNNER is None else envs.VLLM_USE_V2_MODEL_RUNNER
-
-
-def _drafter(config: SpecConfig) -> Mapping[str, Any]:
-    """What of vLLM's drafts: nothing, unless the proposer asks for it."""
+def _asked(config: SpecConfig) -> Mapping[str, Any]:
+    """What the proposer wants vLLM to load; mostly nothing."""
     factory, options = resolve(config, "proposer")
     ask = getattr(factory, "speculative", None)
-    asked = None if ask is None else ask(options)
-    return asked or ({"method": "ngram_gpu"} if second_runner() else {"method": "custom_class", "model": DRAFTER})
+    return (None if ask is None else ask(options)) or {}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -167,6 +183,7 @@ def apply_flags(args: argparse.Namespace) -> argparse.Namespace:
         policy=given.get("policy", "goodput"),
         max_nodes=given.get("max_nodes", 16),
         options=_with_trace(_parse_json(given.get("options", "{}")), given),
+        asynchronous=getattr(args, "async_scheduling", None),
     )
     own = arguments.pop("additional_config")
     args = argparse.Namespace(**vars(args))

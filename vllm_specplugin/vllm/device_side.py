@@ -15,10 +15,16 @@ import numpy as np
 import torch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_specplugin.device_interfaces import DeviceContext, DeviceProposer
+from vllm_specplugin.device_interfaces import (
+    DeviceContext,
+    DeviceProposer,
+    OffersDevice,
+)
+from vllm_specplugin.errors import UnsupportedError, complain
 from vllm_specplugin.vllm.device_trees import walk
 from vllm_specplugin.vllm.kv_compaction import compact_paths
 from vllm_specplugin.vllm.sampling_v2 import Rows
+from vllm_specplugin.vllm.state import SpecState
 from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
 
 __all__ = ["DeviceSide"]
@@ -45,22 +51,48 @@ class DeviceSide:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        self._spec = runner.spec
-        nodes, device = runner.num_speculative_steps, runner.device
-        offered = runner.spec.proposer.on_device(nodes, device)
-        self._proposer: DeviceProposer = offered
-        shape = (runner.max_num_reqs, nodes)
+        self.renew()
+        shape, device = (
+            (runner.max_num_reqs, runner.num_speculative_steps),
+            runner.device,
+        )
         self._tokens = torch.full(shape, -1, dtype=torch.int64, device=device)
         self._parents = torch.full_like(self._tokens, -1)
         self._chains = torch.zeros(shape[0], dtype=torch.bool, device=device)
         self._counts = torch.zeros(len(_COUNTERS), dtype=torch.int64, device=device)
         self._slots: dict[str, int] = {}
-        self._failures = 0
         self.in_step = False
         """Whether a step is being computed, and not a warm-up."""
         self._nodes: DeviceTreePlan | None = None
         self.plan: DeviceTreePlan | None = None
         """The step's trees, unless the engine verifies chains only."""
+
+    @property
+    def _spec(self) -> SpecState:
+        return self._runner.spec  # type: ignore[no-any-return]
+
+    def renew(self) -> None:
+        """Takes the proposer that the runner has now.
+
+        Raises:
+            UnsupportedError: it drafts on the host, or another scorer decides.
+        """
+        runner, spec = self._runner, self._runner.spec
+        proposer = spec.proposer
+        if not isinstance(proposer, OffersDevice) or spec.config.scorer != "exact":
+            raise UnsupportedError(
+                complain(
+                    f"asynchronous scheduling with proposer {spec.config.proposer!r} "
+                    f"and scorer {spec.config.scorer!r}",
+                    "a proposer that drafts on the device, and 'exact'",
+                    "pass all arguments that speculate() returns, without "
+                    "--async-scheduling",
+                )
+            )
+        self._proposer: DeviceProposer = proposer.on_device(
+            runner.num_speculative_steps, runner.device
+        )
+        self._failures = 0
 
     # ------------------------------------------------------------ requests
 

@@ -23,7 +23,7 @@ from vllm_specplugin.vllm.features import likeliest, show
 from vllm_specplugin.vllm.kv_compaction import compact_paths
 from vllm_specplugin.vllm.sampling_v2 import Rows
 from vllm_specplugin.vllm.speculator_v2 import NativeDraftsV2
-from vllm_specplugin.vllm.state import Step
+from vllm_specplugin.vllm.state import SpecState, Step
 from vllm_specplugin.vllm.steps import GREEDY, count_step, draft_request, score
 from vllm_specplugin.vllm.texts import Texts
 from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
@@ -40,9 +40,15 @@ class HostSide:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        self._spec = runner.spec
         self._texts = Texts(runner.max_num_reqs, runner.max_model_len)
-        self._drafts: DraftTokenIds | None = None
+        self._drafts = DraftTokenIds([], [])
+
+    @property
+    def _spec(self) -> SpecState:
+        return self._runner.spec  # type: ignore[no-any-return]
+
+    def renew(self) -> None:
+        """The runner has another proposer now."""
 
     @property
     def in_step(self) -> bool:
@@ -212,9 +218,9 @@ class HostSide:
             chain_only=runner.chain_only(new.sampling_params),
         )
 
-    def take_drafts(self) -> DraftTokenIds | None:
+    def take_drafts(self) -> DraftTokenIds:
         """What the scheduler is told, once: ragged."""
-        drafts, self._drafts = self._drafts, None
+        drafts, self._drafts = self._drafts, DraftTokenIds([], [])
         return drafts
 
     def settle(self) -> None:

@@ -60,11 +60,3 @@ def check_second(runner: Any) -> None:
                     f"switch it off, {_FIRST}",
                 )
             )
-    if runner.scheduler_config.async_scheduling:
-        raise UnsupportedError(
-            complain(
-                "asynchronous scheduling",
-                "synchronous scheduling: drafts are made from the sampled tokens",
-                "drop --async-scheduling",
-            )
-        )

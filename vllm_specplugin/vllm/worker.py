@@ -14,6 +14,7 @@ from typing import Any
 from vllm_specplugin import __version__
 from vllm_specplugin.config import CONFIG_KEY, SpecConfig
 from vllm_specplugin.errors import ConfigError, UnsupportedError, complain
+from vllm_specplugin.vllm.log import log_as_vllm_does
 from vllm_specplugin.vllm.refusals import check_first, check_second
 from vllm_specplugin.vllm.upstream import check_version, installed_version
 
@@ -26,7 +27,7 @@ class SpecWorkerMixin:
     """Mixed into the platform's worker class."""
 
     def init_device(self) -> None:
-        _log_as_vllm_does()
+        log_as_vllm_does()
         check_version()
         config = _configuration(self.vllm_config)  # type: ignore[attr-defined]
         from vllm_specplugin.vllm.tree_attention.backend import register_tree_backends
@@ -47,7 +48,10 @@ class SpecWorkerMixin:
 
     def specplugin_stats(self) -> dict[str, Any]:
         """Counters since start; for ``collective_rpc("specplugin_stats")``."""
-        spec = self.model_runner.spec  # type: ignore[attr-defined]
+        runner = self.model_runner  # type: ignore[attr-defined]
+        spec = runner.spec
+        if (side := getattr(runner, "spec_side", None)) is not None:
+            side.settle()
         return {  # plain data only: it travels between processes
             **spec.metrics.snapshot(),
             **spec.drafter.snapshot(),
@@ -73,6 +77,8 @@ class SpecWorkerMixin:
         runner.spec.why_chains = old.why_chains
         runner.spec.draft_model = old.draft_model
         runner.spec.seeds, runner.spec.admitted = old.seeds, old.admitted
+        if (side := getattr(runner, "spec_side", None)) is not None:
+            side.renew()
 
 
 def adopt(runner: Any, config: SpecConfig) -> None:
@@ -108,15 +114,6 @@ def adopt(runner: Any, config: SpecConfig) -> None:
         adopted.adopted()
 
 
-def _log_as_vllm_does() -> None:
-    """vLLM configures its own loggers only; ours would stay silent below WARNING."""
-    own, theirs = logging.getLogger("vllm_specplugin"), logging.getLogger("vllm")
-    if theirs.handlers and not own.handlers:
-        own.handlers = list(theirs.handlers)
-        own.setLevel(theirs.level)
-        own.propagate = False
-
-
 def describe(runner: Any) -> str:
     """One line: what is active, and on which runner."""
     spec = runner.spec
@@ -126,10 +123,13 @@ def describe(runner: Any) -> str:
         if spec.why_chains is None
         else f"draft chains only, because {spec.why_chains}"
     )
+    asynchronous = runner.scheduler_config.async_scheduling
+    scheduling = "asynchronous" if asynchronous else "synchronous"
     return (
         f"vllm-specplugin {__version__} is active on {type(runner).__name__} of vLLM "
         f"{installed_version()}: proposer={config.proposer} scorer={config.scorer} "
-        f"policy={config.policy} max_nodes={spec.engine.max_nodes} ({shape})"
+        f"policy={config.policy} max_nodes={spec.engine.max_nodes} "
+        f"scheduling={scheduling} ({shape})"
     )
 
 
