@@ -1,0 +1,127 @@
+"""The central claim on vLLM's second runner: text as without speculation.
+
+The text is that of *vLLM's own* engine without speculation, at any temperature:
+its sampler keys its noise by seed and position, and the plugin draws with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from vllm_specplugin.engines import EngineProcess
+
+from .conftest import MAX_MODEL_LEN, TEMPERATURES, ask, texts
+
+Get = Callable[[str], EngineProcess]
+Mix = tuple[list[list[int]], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="session")
+def mix(prompts: list[list[int]]) -> Mix:
+    """Every prompt at every temperature, in one batch."""
+    pairs = [(prompt, t) for t in TEMPERATURES for prompt in prompts]
+    return [p for p, _ in pairs], [{"temperature": t} for _, t in pairs]
+
+
+@pytest.fixture(scope="session")
+def truth(engine: Get, mix: Mix) -> list[list[int]]:
+    assert engine("vllm").ask("runner")["second"]
+    return texts(ask(engine("vllm"), *mix))
+
+
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("sync", "none"),
+        ("sync", "random"),
+        ("sync", "oracle"),
+        ("sync", "suffix"),
+        ("async", "random"),
+        ("async", "oracle"),
+        ("async", "recycling"),
+    ],
+)
+def test_text_is_vllms_own_without_speculation(
+    name: str, use: str, engine: Get, mix: Mix, truth: list[list[int]]
+) -> None:
+    one = engine(name)
+    before = one.ask("stats")
+    oracle = truth if use == "oracle" else None
+    assert texts(ask(one, *mix, use, oracle)) == truth
+    after = one.ask("stats")
+    assert after["failures"] == {}
+    assert after["chains_only"] is None
+    if use != "none":
+        assert after["nodes"] > before["nodes"], "nothing was drafted: it is void"
+    if use == "oracle":
+        assert after["accepted"] - before["accepted"] > 40
+        assert after["kv_rows_moved"] > before["kv_rows_moved"]
+
+
+def test_each_runner_is_what_it_should_be(engine: Get) -> None:
+    assert engine("sync").ask("runner") == {
+        "second": True,
+        "scheduler": "Scheduler",
+        "runner": "TreeCPUModelRunner",
+    }
+    assert engine("async").ask("runner")["scheduler"] == "AsyncScheduler"
+
+
+@pytest.mark.parametrize("name", ["sync", "async"])
+def test_requests_were_preempted(name: str, engine: Get) -> None:
+    assert engine(name).ask("preemptions") > 0
+
+
+@pytest.mark.parametrize("name", ["sync", "async"])
+def test_moved_rows_serve_the_prefix_cache(
+    name: str, engine: Get, mix: Mix, truth: list[list[int]]
+) -> None:
+    """A prompt that goes on with its own output reads blocks whose rows came from
+    accepted branches."""
+    long = len(mix[0]) // len(TEMPERATURES) - 1
+    grown = [[*mix[0][long], *truth[long][:-2]]]
+    one, greedy = engine(name), [{"temperature": 0.0, "max_tokens": 2}]
+    ask(one, [mix[0][long]], [mix[1][long]], "oracle", [truth[long]])
+    assert one.ask("cached", prompts=grown)[0] > len(mix[0][long])
+    assert texts(ask(one, grown, greedy)) == [truth[long][-2:]]
+
+
+@pytest.mark.parametrize("name", ["sync", "async"])
+def test_the_longest_sequence_ends_where_vllms_does(
+    name: str, engine: Get, prompts: list[list[int]]
+) -> None:
+    prompt = [prompts[-1] + prompts[-2][:40]]
+    params = [{"temperature": 1.0, "max_tokens": 50}]
+    expected = texts(ask(engine("vllm"), prompt, params))
+    assert len(prompt[0]) + len(expected[0]) == MAX_MODEL_LEN
+    assert texts(ask(engine(name), prompt, params, "oracle", expected)) == expected
+
+
+@pytest.mark.parametrize("name", ["sync", "async"])
+@pytest.mark.parametrize("part", ["mask", "positions", "compaction"])
+def test_each_broken_part_is_caught(
+    part: str, name: str, engine: Get, mix: Mix, truth: list[list[int]]
+) -> None:
+    one, greedy = engine(name), slice(0, len(mix[0]) // len(TEMPERATURES))
+    some = mix[0][greedy], mix[1][greedy], "oracle", truth[greedy]
+    one.ask("break", part=part)
+    try:
+        broken = texts(ask(one, *some))
+    finally:
+        one.ask("break", part=None)
+    assert broken != truth[greedy]
+
+
+def test_a_device_proposer_that_raises_costs_drafts_only(
+    engine: Get, mix: Mix, truth: list[list[int]]
+) -> None:
+    one, some = engine("async"), slice(0, 3)
+    before = one.ask("stats")
+    got = texts(ask(one, mix[0][some], mix[1][some], "raise"))
+    after = one.ask("stats")
+    assert got == truth[some]
+    assert after["failures"]["proposer_error"] > 0
+    assert after["nodes"] == before["nodes"]

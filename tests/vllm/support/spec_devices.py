@@ -1,0 +1,77 @@
+"""A proposer for tests that drafts on the device, where that is the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_specplugin import EMPTY_TREE, DraftTree
+from vllm_specplugin.device_interfaces import DeviceContext, DeviceProposer
+from vllm_specplugin.interfaces import EngineInfo, ProposeContext
+from vllm_specplugin.proposers.token_recycling import TokenRecyclingProposer
+
+# What to draft now, and by a request's seed its prompt's length and true output.
+STATE: dict[str, Any] = {"what": "random", "truth": {}}
+
+
+def use(llm: Any, request: dict[str, Any]) -> None:
+    """Says what is drafted from now on."""
+    STATE["what"] = request["what"]
+    STATE["truth"] = {int(k): v for k, v in request.get("truth", {}).items()}
+
+
+class Devices:
+    """Offers :class:`OnDevice`; on the host it drafts nothing."""
+
+    def __init__(self, config: None, engine: EngineInfo) -> None:
+        self._engine = engine
+
+    def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
+        return [EMPTY_TREE] * len(ctx.requests)
+
+    def release(self, req_ids: Sequence[str]) -> None:
+        """Nothing is kept per request."""
+
+    def on_device(self, nodes: int, device: torch.device) -> DeviceProposer:
+        return OnDevice(self._engine, nodes, device)
+
+
+class OnDevice:
+    """Random trees, with the truth on a path if it is known; or recycling."""
+
+    def __init__(self, engine: EngineInfo, nodes: int, device: torch.device) -> None:
+        recycling = TokenRecyclingProposer(TokenRecyclingProposer.Config(), engine)
+        self._real = recycling.on_device(nodes, device)
+        self._vocab_size, self._nodes = engine.vocab_size, nodes
+        self._rng = np.random.default_rng(0)
+        self.needs_top = self._real.needs_top
+
+    def observe_rows(self, *rows: torch.Tensor) -> None:
+        self._real.observe_rows(*rows)
+
+    def propose(self, ctx: DeviceContext) -> tuple[torch.Tensor, torch.Tensor]:
+        match STATE["what"]:
+            case "recycling":
+                return self._real.propose(ctx)
+            case "raise":
+                raise RuntimeError("this proposer always raises")
+        drafted = [self._random(ctx, i) for i in range(len(ctx.last))]
+        tokens, parents = zip(*drafted)
+        return torch.tensor(np.array(tokens)), torch.tensor(np.array(parents))
+
+    def _random(self, ctx: DeviceContext, i: int) -> tuple[Any, Any]:
+        n = self._nodes
+        chain = bool(ctx.chains[i])
+        parents = [j - 1 if chain else int(self._rng.integers(-1, j)) for j in range(n)]
+        tokens = self._rng.integers(3, self._vocab_size, n)
+        known = STATE["truth"].get(int(ctx.seeds[i]))
+        if known is not None:
+            length, text = known
+            future = text[int(ctx.positions[i]) - length :]
+            path = DraftTree(tokens, parents).path(int(self._rng.integers(0, n)))
+            for node, token in zip(path, future):
+                tokens[node] = token
+        return tokens, np.array(parents)
