@@ -16,7 +16,6 @@ TESTS = Path(__file__).parents[2]
 MODELS = TESTS.parent / "examples" / "models"
 MAX_NODES = 6
 MAX_MODEL_LEN = 160
-TEMPERATURES = (0.0, 0.7, 1.0)
 
 OVERLAY = TESTS / "support" / "triton_cpu"
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -41,7 +40,7 @@ _HARD = {
     # prompts come in chunks beside drafts, and there is room for about half of the
     # requests: preemption in mid-draft
     "max_num_batched_tokens": 96,
-    "kv_cache_memory_bytes": 14 * _BLOCK_BYTES,
+    "kv_cache_memory_bytes": 11 * _BLOCK_BYTES,
 }
 _OPTIONS = {"draft_timeout_ms": 1e6, "max_failures": 10_000}
 
@@ -120,9 +119,9 @@ def prompts() -> list[list[int]]:
 
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "target")
     ids = tokenizer.encode(Path(random.__file__).read_text()[:20_000])
-    lengths = [1, MAX_NODES + 1, 33, 100, 110]
+    lengths = [1, MAX_NODES + 1, 33, 100, 119]
     chosen = [ids[i * 211 : i * 211 + n] for i, n in enumerate(lengths)]
-    chosen[-1] = chosen[-2][:64] + ids[2000:2046]
+    chosen[-1] = chosen[-2][:64] + ids[2000:2055]
     return chosen
 
 
@@ -139,7 +138,7 @@ def ask(
         extra = {"use": use, **own.get("extra_args", {})}
         if oracle is not None:
             extra["oracle"] = oracle[i]
-        base = {"seed": 1000 + i, "ignore_eos": True, "max_tokens": 14}
+        base = {"seed": 1000 + i, "ignore_eos": True, "max_tokens": 10}
         requests.append({**base, **own, "extra_args": extra})
     if one.name == "async":
         truth = (
