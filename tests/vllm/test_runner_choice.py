@@ -1,0 +1,152 @@
+"""Which runner, scheduled how, and why."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import vllm.envs
+import vllm.triton_utils
+
+from vllm_specplugin import ConfigError, speculate
+from vllm_specplugin.config import CONFIG_KEY
+from vllm_specplugin.vllm.args import DRAFTER
+
+VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
+
+
+@pytest.fixture(autouse=True)
+def triton(monkeypatch):
+    """As where Triton is installed; nothing else is asked for."""
+    monkeypatch.setattr(vllm.triton_utils, "HAS_TRITON", True)
+    monkeypatch.setenv(VARIABLE, "1")  # so that it is restored, whatever is set
+    monkeypatch.delenv(VARIABLE)
+
+
+def told(proposer, **options):
+    made = speculate(proposer, **options)
+    return made["speculative_config"], made.get("async_scheduling"), made
+
+
+def test_host_side_proposers_are_scheduled_synchronously(caplog):
+    logging.getLogger("vllm_specplugin").propagate = True
+    with caplog.at_level("INFO", "vllm_specplugin"):
+        method, asynchronous, _ = told("suffix", max_nodes=9)
+    assert method["method"] == "ngram_gpu"
+    assert method["num_speculative_tokens"] == 9
+    assert asynchronous is False
+    (line,) = caplog.messages
+    assert "synchronous scheduling, because proposer 'suffix' drafts on the h" in line
+
+
+def test_device_side_proposers_keep_vllms_scheduling(caplog):
+    with caplog.at_level("INFO", "vllm_specplugin"):
+        method, asynchronous, made = told(
+            "token_recycling",
+            policy="fixed",
+            max_nodes=9,
+            options={"policy": {"nodes": 5}},
+        )
+    assert method["method"] == "ngram_gpu"
+    assert method["num_speculative_tokens"] == 5
+    assert asynchronous is None
+    assert made["additional_config"][CONFIG_KEY]["request_scorers"] == ("exact",)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "because"),
+    [
+        ({"policy": "goodput"}, "policy 'goodput' decides on the host"),
+        (
+            {"policy": "fixed", "options": {"policy": {"step_nodes": 9}}},
+            "policy 'fixed' decides on the host",
+        ),
+        ({"policy": "fixed", "scorer": "typical"}, "scorer 'typical' decides on"),
+        ({"policy": "fixed", "options": {"trace": "t"}}, "a trace is written"),
+    ],
+)
+def test_what_makes_device_side_proposers_synchronous(arguments, because, caplog):
+    logging.getLogger("vllm_specplugin").propagate = True
+    with caplog.at_level("INFO", "vllm_specplugin"):
+        _, asynchronous, _ = told("token_recycling", **arguments)
+    assert asynchronous is False
+    assert because in caplog.text
+
+
+def test_a_model_run_level_by_level_goes_to_the_first_runner(caplog):
+    logging.getLogger("vllm_specplugin").propagate = True
+    with caplog.at_level("INFO", "vllm_specplugin"):
+        method, asynchronous, _ = told(
+            "draft_model", options={"proposer": {"model": "m"}}
+        )
+    assert method["method"] == "draft_model"
+    assert "driven" not in method
+    assert asynchronous is None
+    assert vllm.envs.VLLM_USE_V2_MODEL_RUNNER is False
+    assert "vLLM's first model runner, because proposer 'draft_model'" in caplog.text
+
+
+def test_it_is_refused_where_the_second_is_asked_for(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "1")
+    with pytest.raises(ConfigError, match=f"'draft_model' with {VARIABLE}=1") as error:
+        told("draft_model", options={"proposer": {"model": "m"}})
+    assert "unset the variable" in str(error.value)
+
+
+def test_what_vllm_keeps_on_its_first_runner_is_said(caplog):
+    logging.getLogger("vllm_specplugin").propagate = True
+    with caplog.at_level("INFO", "vllm_specplugin"):
+        method, _, _ = told("vllm:suffix")
+    assert method["method"] == "suffix"
+    assert "'vllm:suffix' is not on the second" in caplog.text
+    assert vllm.envs.VLLM_USE_V2_MODEL_RUNNER is None  # vLLM sees it by itself
+
+
+def test_vllms_drafters_stay_on_the_second_runner():
+    method, asynchronous, _ = told("vllm:eagle3", options={"proposer": {"model": "m"}})
+    assert method["method"] == "eagle3"
+    assert asynchronous is False
+
+
+@pytest.mark.parametrize(("has_triton", "variable"), [(False, None), (True, "0")])
+def test_the_first_runner_is_kept_where_vllm_keeps_it(
+    has_triton, variable, monkeypatch
+):
+    monkeypatch.setattr(vllm.triton_utils, "HAS_TRITON", has_triton)
+    if variable is not None:
+        monkeypatch.setenv(VARIABLE, variable)
+    method, asynchronous, _ = told("token_recycling", policy="fixed")
+    assert method["method"] == "custom_class"
+    assert method["model"] == DRAFTER
+    assert asynchronous is None
+
+
+def test_asynchronous_scheduling_cannot_be_forced():
+    from vllm_specplugin.vllm.args import engine_arguments
+
+    with pytest.raises(ConfigError, match="asynchronous scheduling, but pro") as error:
+        engine_arguments(
+            proposer="suffix",
+            scorer="exact",
+            policy="fixed",
+            max_nodes=4,
+            options={},
+            asynchronous=True,
+        )
+    assert "drop --async-scheduling" in str(error.value)
+
+
+def test_synchronous_scheduling_can_be_asked_for():
+    from vllm_specplugin.vllm.args import engine_arguments
+
+    made = engine_arguments(
+        proposer="token_recycling",
+        scorer="exact",
+        policy="fixed",
+        max_nodes=4,
+        options={},
+        asynchronous=False,
+    )
+    assert made["async_scheduling"] is False
+    assert made["additional_config"][CONFIG_KEY]["request_scorers"] is None
