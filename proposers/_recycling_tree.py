@@ -82,9 +82,7 @@ def grow(
             n = successors(matrix[last], ranks, row, q)
             value[:n] = q[:n]
             if coupled and n:
-                estimate_coupled(
-                    row, q, n, seed, position + depth, trust, value, kind
-                )
+                estimate_coupled(row, q, n, seed, position + depth, trust, value, kind)
             for i in range(n):
                 if above * value[i] >= min_survival:
                     token[found] = row[i]

@@ -220,8 +220,8 @@ class DeviceSide:
         emitted = torch.where(emits[:-1], chosen, -1)
         try:
             self._proposer.observe_rows(read, top, emitted)
-        except Exception:
-            self._failed()
+        except Exception as error:
+            self._failed(error)
 
     # ------------------------------------------------------------ drafting
 
@@ -244,20 +244,22 @@ class DeviceSide:
                         chains=self._chains[slots],
                     )
                 )
-            except Exception:
-                self._failed()
+            except Exception as error:
+                self._failed(error)
         before = torch.arange(most, device=slots.device) - 1
         self._parents[slots] = torch.minimum(parents, before).clamp(min=-1)
         tokens = tokens.masked_fill(tokens >= runner.vocab_size, -1)
         self._tokens[slots] = tokens
         return tokens.clamp(min=0)
 
-    def _failed(self) -> None:
+    def _failed(self, error: Exception) -> None:
         failures = self._spec.metrics.failures
         failures["proposer_error"] += 1
         self._failures += 1
         if self._failures == 1:
-            logger.exception("proposer %r failed", self._spec.config.proposer)
+            logger.error(
+                "proposer %r failed", self._spec.config.proposer, exc_info=error
+            )
         if self._failures >= self._spec.config.max_failures:
             self._spec.drafter.enabled = False
             failures["disabled"] += 1

@@ -87,9 +87,8 @@ def choose_runner(
             )
         if driven:  # vLLM sees by itself that it cannot run the others
             use_first_runner()
-        why = (
-            f"vLLM's first model runner, because proposer {config.proposer!r} "
-            + ("runs its draft model level by level" if driven else "is not on the second")
+        why = f"vLLM's first model runner, because proposer {config.proposer!r} " + (
+            "runs its draft model level by level" if driven else "is not on the second"
         )
         return RunnerChoice(method, second=False, why=why)
     nodes, reason = _steady_nodes(config, method)
@@ -109,10 +108,14 @@ def choose_runner(
     return RunnerChoice(method, second=True, nodes=nodes)
 
 
-def _steady_nodes(config: SpecConfig, method: Mapping[str, Any]) -> tuple[int | None, str]:
+def _steady_nodes(
+    config: SpecConfig, method: Mapping[str, Any]
+) -> tuple[int | None, str]:
     """Nodes of every step, if drafts can stay on the device; else why not."""
     proposer, _ = resolve(config, "proposer")
-    if method or not (isinstance(proposer, type) and issubclass(proposer, OffersDevice)):
+    if method or not (
+        isinstance(proposer, type) and issubclass(proposer, OffersDevice)
+    ):
         return None, f"proposer {config.proposer!r} drafts on the host"
     scorer, _ = resolve(config, "scorer")
     if not getattr(scorer, "emits_draws", False):

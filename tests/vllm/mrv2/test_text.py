@@ -25,7 +25,7 @@ Mix = tuple[list[list[int]], list[dict[str, Any]]]
 def mix(prompts: list[list[int]]) -> Mix:
     """Temperatures 0, 0.7 and 1 in one batch; the last prompt writes on beyond a
     block, in the greedy half as request 4."""
-    shortest, root, block, long, longest = prompts
+    _, root, block, long, longest = prompts
     pairs = [(prompt, 0.0) for prompt in prompts]
     pairs += [(block, 0.7), (longest, 0.7)]
     pairs += [(root, 1.0), (long, 1.0), (longest, 1.0)]
