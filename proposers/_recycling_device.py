@@ -94,7 +94,7 @@ class DeviceRecycling:
     def __init__(
         self,
         matrix: npt.NDArray[np.int32],
-        hits: npt.NDArray[np.float64],
+        hits: npt.NDArray[np.floating],
         seen: float,
         *,
         nodes: int,

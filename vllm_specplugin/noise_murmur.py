@@ -81,7 +81,7 @@ def gumbel(
     parts = [np.full_like(keys, word) for word in _words(seed, position)]
     u = uniform(hash_words((parts[0], parts[1], parts[2], keys)))
     one = np.float32(1)
-    terms = np.float32(1 / 8)
+    terms = np.full_like(u, 1 / 8)
     for n in range(7, 0, -1):
         terms = np.float32(1 / n) + u * terms
     direct = np.log(np.maximum(one - u, np.float32(_SMALLEST)))
@@ -105,7 +105,8 @@ def gumbel_tensor(
     """
     words = (seeds & _LOW, seeds >> 32 & _LOW, positions - 1 & _LOW, tokens)
     u = (hash_words(words).double() + 0.5) * 2.0**-32
-    return -(-(-u).log1p()).log().float()
+    noise: torch.Tensor = -(-(-u).log1p()).log().float()
+    return noise
 
 
 @lru_cache(maxsize=1)

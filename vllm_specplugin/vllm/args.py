@@ -63,7 +63,7 @@ def engine_arguments(
         drafted = choice.nodes
         # Requests that chose another rule would be decided on the host.
         config = replace(config, request_scorers=(config.scorer,))
-    arguments = {
+    arguments: dict[str, Any] = {
         "worker_cls": WORKER,
         "speculative_config": {
             **choice.method,

@@ -55,7 +55,8 @@ def pack(seen: torch.Tensor) -> torch.Tensor:
     words = -(-n // WORD)
     padded = torch.nn.functional.pad(seen, (0, words * WORD - n))
     bits = torch.arange(WORD, device=seen.device)
-    return (padded.unflatten(-1, (words, WORD)).long() << bits).sum(-1)
+    packed: torch.Tensor = (padded.unflatten(-1, (words, WORD)).long() << bits).sum(-1)
+    return packed
 
 
 def walk(

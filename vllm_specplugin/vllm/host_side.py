@@ -114,6 +114,7 @@ class HostSide:
         """
         runner, spec = self._runner, self._spec
         step, spec.step = spec.step, None
+        assert step is not None, "sample() without prepare()"
         layout = step.layout
         top = likeliest(runner, logits)
         rows = Rows(runner.sampler, logits, batch)

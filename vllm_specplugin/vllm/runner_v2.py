@@ -48,8 +48,8 @@ def mixed(mixin: type, target: Any, runner: Any) -> Any:
     """An object of vLLM's that is also one of ours; it shares its attributes with
     the original, to which vLLM may hold references."""
     base = type(target)
-    kind = type(f"Tree{base.__name__}", (mixin, base), {})
-    made: Any = kind.__new__(kind)
+    kind: Any = type(f"Tree{base.__name__}", (mixin, base), {})
+    made = kind.__new__(kind)
     made.__dict__ = target.__dict__
     made.spec_runner = runner
     return made
@@ -106,11 +106,12 @@ class TreeRunnerV2:
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
-        self.model_state = mixed(TreeModelState, self.model_state, self)
-        self.sampler = mixed(TreeSampler, self.sampler, self)
-        self.rejection_sampler = mixed(
-            TreeRejectionSampler, self.rejection_sampler, self
-        )
+        for name, mixin in (
+            ("model_state", TreeModelState),
+            ("sampler", TreeSampler),
+            ("rejection_sampler", TreeRejectionSampler),
+        ):
+            setattr(self, name, mixed(mixin, getattr(self, name), self))
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]

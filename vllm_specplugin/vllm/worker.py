@@ -100,14 +100,19 @@ def adopt(runner: Any, config: SpecConfig) -> None:
                 "drop --spec-proposer for this model",
             )
         )
+    ours: type
     if isinstance(runner, First):
         check_first(runner)
-        from vllm_specplugin.vllm.runner_v1 import TreeRunnerV1 as Ours
+        from vllm_specplugin.vllm.runner_v1 import TreeRunnerV1
+
+        ours = TreeRunnerV1
     else:
         check_second(runner)
-        from vllm_specplugin.vllm.runner_v2 import TreeRunnerV2 as Ours
+        from vllm_specplugin.vllm.runner_v2 import TreeRunnerV2
+
+        ours = TreeRunnerV2
     base: Any = type(runner)
-    runner.__class__ = type(f"Tree{base.__name__}", (Ours, base), {})
+    runner.__class__ = type(f"Tree{base.__name__}", (ours, base), {})
     adopted: Any = runner  # mypy knows it as vLLM's class by now
     adopted.spec = SpecState(config, runner)
     if not isinstance(runner, First):

@@ -15,7 +15,6 @@ Get = Callable[[str], EngineProcess]
 
 CASES: dict[str, dict[str, Any]] = {
     "top-k and top-p": {"temperature": 1.0, "top_k": 30, "top_p": 0.9},
-    "min-p": {"temperature": 1.0, "min_p": 0.1},
     "penalties": {"temperature": 0.7, "repetition_penalty": 1.3},
     "counts": {"frequency_penalty": 0.8, "presence_penalty": 0.5},
     "bad words": {"bad_words": ["self", " the", "return"]},
