@@ -100,6 +100,7 @@ class TreeRunnerV1:
         if finished:
             spec.drafter.release(finished)
             spec.scorer.release(finished)
+            spec.observer.release(finished)
             for req_id in finished:
                 spec.trees.pop(req_id, None)
                 spec.seeds.pop(req_id, None)
@@ -109,7 +110,10 @@ class TreeRunnerV1:
             spec.draft_model.follow(scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
             params = new.sampling_params
-            spec.scorer.admit(new.req_id, params.extra_args if params else None)
+            chosen = spec.scorer.admit(
+                new.req_id, params.extra_args if params else None
+            )
+            spec.observer.admit(new.req_id, chosen.scorer)
             seed = params.seed if params else None
             if seed is None:
                 seed = request_seed(runner.model_config.seed, spec.admitted)
@@ -260,11 +264,16 @@ class TreeRunnerV1:
         metrics.tree_requests += len(layout.branching)
         if not emitting:
             return
-        spec, req_ids = self.spec, self.input_batch.req_ids
+        spec = self.spec
+        req_ids = [self.input_batch.req_ids[i] for i in emitting]
         now = time.perf_counter()
+        metrics.step_seconds += now - step.started
+        metrics.draft_seconds += spec.drafter.draft_seconds
+        relaxed = result.relaxed
+        spec.observer.step(req_ids, None if relaxed is None else relaxed[emitting])
         spec.drafter.observe(
             StepOutcome(
-                req_ids=[req_ids[i] for i in emitting],
+                req_ids=req_ids,
                 num_tokens=[layout.root_positions[i] + 1 for i in emitting],
                 drafted=[drafted[i] for i in emitting],
                 deepest=[layout.trees[i].max_depth for i in emitting],
