@@ -16,6 +16,8 @@ with probability::
 s is learnt from what the target emitted. For T = 0 and s = 1 this is the draft
 model's own probability, which EAGLE-2 (2406.16858) takes for acceptance.
 
+For rules that weigh p with q, children can be drawn from q instead (:mod:`._drawing`).
+
 Trees grow as in EAGLE-2 and OPT-Tree (2406.17276): of each level the nodes with
 the highest path probability are run through the draft model, and in the end all
 candidates compete for the budget. A level is run only if what it is expected to
@@ -34,8 +36,9 @@ import torch
 from vllm_specplugin.draft import EMPTY_TREE, DraftTree
 from vllm_specplugin.interfaces import DraftModel, RequestView
 from vllm_specplugin.noise import gumbel_rows
+from vllm_specplugin.proposers._drawing import Laws, by_rank, draw
 
-__all__ = ["Candidates", "Shape", "children", "grow"]
+__all__ = ["Candidates", "Shape", "children", "couple", "grow"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -54,6 +57,9 @@ class Shape:
     min_survival: float
     """Nodes less likely to be accepted are neither run nor drafted."""
     coupled: bool
+    """Whether candidates at temperature > 0 are chosen with the request's noise."""
+    drawn: bool = False
+    """Whether they are drawn from q instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,10 @@ class Candidates:
 
     tokens: Ints
     estimates: Floats
+    drawn: Ints
+    """Which of the ``m`` nodes had their children drawn."""
+    laws: torch.Tensor | None
+    """``[len(drawn), vocab]`` what from."""
 
 
 def children(
@@ -71,8 +81,9 @@ def children(
     depth: int,
     shape: Shape,
     spread: float,
+    generator: Callable[[torch.device], torch.Generator] | None = None,
 ) -> Candidates:
-    """The likeliest next tokens after some nodes.
+    """The likeliest next tokens after some nodes, or drawn ones.
 
     Args:
         logits: ``[m, vocab]`` of the draft model; overwritten.
@@ -81,28 +92,60 @@ def children(
         depth: of the children.
         shape: how many there may be.
         spread: s above.
+        generator: what to draw with on a device.
     """
-    temperatures = np.array([views[i].temperature for i in owners.tolist()])
-    drawing = np.flatnonzero(temperatures > 0) if shape.coupled else np.zeros(0, int)
-    if len(drawing):
-        rows = torch.from_numpy(drawing).to(logits.device)
-        logits[rows] = _cut(logits[rows], [views[owners[i]] for i in drawing.tolist()])
-        own, place = np.unique(owners[drawing], return_inverse=True)
-        noise = gumbel_rows(
-            np.array([views[i].seed for i in own.tolist()], dtype=np.uint64),
-            np.array([len(views[i].tokens) + depth - 1 for i in own.tolist()]),
-            logits.shape[1],
-            logits.device,
-        )
-        scale = torch.from_numpy(temperatures[drawing].astype(np.float32))
-        index = torch.from_numpy(place).to(logits.device)
-        logits[rows] += noise[index] * scale.to(logits.device)[:, None]
+    drawn, laws = np.zeros(0, dtype=np.int64), None
+    if shape.coupled:
+        couple(logits, views, owners, depth)
+    elif shape.drawn:
+        temperatures = np.array([views[i].temperature for i in owners.tolist()])
+        drawn = np.flatnonzero(temperatures > 0)
+    if len(drawn):
+        assert generator is not None
+        rows = torch.from_numpy(drawn).to(logits.device)
+        part = _cut(logits[rows], [views[owners[i]] for i in drawn.tolist()])
+        scale = torch.from_numpy(temperatures[drawn].astype(np.float32))
+        part = part / scale.to(part.device)[:, None]
+        laws = draw(part, generator(part.device))
+        logits[rows] = part
     keys, tokens = logits.topk(min(shape.siblings, logits.shape[1]), dim=-1)
     total = torch.logsumexp(logits / spread, dim=-1, keepdim=True)
-    estimates = torch.exp(keys / spread - total)
-    return Candidates(
-        tokens.cpu().numpy(), estimates.double().cpu().numpy().clip(0.0, 1.0)
+    likely = torch.exp(keys / spread - total).double().cpu().numpy().clip(0.0, 1.0)
+    if len(drawn):
+        likely[drawn] = by_rank(len(drawn), likely.shape[1])
+        # A token that q has no mass for cannot have been drawn.
+        likely[drawn] *= np.isfinite(keys[rows].cpu().numpy())
+    return Candidates(tokens.cpu().numpy(), likely, drawn, laws)
+
+
+def couple(
+    logits: torch.Tensor, views: Sequence[RequestView], owners: Ints, depth: int
+) -> None:
+    """Turns logits into the keys k of this module, in place; at T = 0 they are.
+
+    Args:
+        logits: ``[m, vocab]`` of the draft model.
+        views: the requests.
+        owners: ``[m]`` which of them each row belongs to.
+        depth: of the tokens to be chosen, 1 after the last known token.
+    """
+    temperatures = np.array([views[i].temperature for i in owners.tolist()])
+    drawing = np.flatnonzero(temperatures > 0)
+    if not len(drawing):
+        return
+    rows = torch.from_numpy(drawing).to(logits.device)
+    part = _cut(logits[rows], [views[owners[i]] for i in drawing.tolist()])
+    own, place = np.unique(owners[drawing], return_inverse=True)
+    noise = gumbel_rows(
+        np.array([views[i].seed for i in own.tolist()], dtype=np.uint64),
+        np.array([len(views[i].tokens) + depth - 1 for i in own.tolist()]),
+        logits.shape[1],
+        logits.device,
     )
+    scale = torch.from_numpy(temperatures[drawing].astype(np.float32))
+    index = torch.from_numpy(place).to(logits.device)
+    part += noise[index] * scale.to(logits.device)[:, None]
+    logits[rows] = part
 
 
 def _cut(logits: torch.Tensor, views: Sequence[RequestView]) -> torch.Tensor:
@@ -138,6 +181,8 @@ class _Pool:
         self.survival = np.zeros(0)
         self.numbers = np.zeros(0, dtype=np.int64)
         """The draft model's numbers of those that were run through it, or -1."""
+        self.laws: Laws | None = None
+        """What candidates were drawn from, if any were."""
 
     def add(self, owners: Ints, rows: Ints, found: Candidates, least: float) -> Ints:
         """Adds the children of some rows.
@@ -161,6 +206,9 @@ class _Pool:
         )
         survival = above * estimates
         kept = np.flatnonzero(survival >= max(least, 1e-9))
+        if found.laws is not None:
+            self.laws = self.laws or Laws()
+            self.laws.add(owners[found.drawn], rows[found.drawn], found.laws)
         start = len(self.owners)
         self.owners = np.concatenate([self.owners, np.repeat(owners, width)[kept]])
         self.parents = np.concatenate([self.parents, parents[kept]])
@@ -200,6 +248,9 @@ class _Pool:
                     self.tokens[nodes],
                     place[self.parents[nodes]],
                     self.estimates[nodes],
+                    None
+                    if self.laws is None or views[i].temperature == 0
+                    else self.laws.of(i, views[i], nodes.tolist()),
                 )
         return trees
 
@@ -211,6 +262,7 @@ def grow(
     spread: float,
     worth: Callable[[float, int], bool],
     node_price: float = 0.0,
+    generator: Callable[[torch.device], torch.Generator] | None = None,
 ) -> list[DraftTree]:
     """One tree per request.
 
@@ -223,6 +275,7 @@ def grow(
             to add and its number of nodes.
         node_price: tokens that verifying a node costs; less likely ones are
             left out.
+        generator: what to draw with on a device.
     """
     least = max(shape.min_survival, node_price)
     pool = _Pool()
@@ -233,7 +286,7 @@ def grow(
     for depth in range(1, shape.depth + 1):
         if not len(owners):
             break
-        found = children(logits, views, owners, depth, shape, spread)
+        found = children(logits, views, owners, depth, shape, spread, generator)
         level = pool.add(owners, rows, found, least)
         rows = pool.best(
             level[deepest[pool.owners[level]] > depth],

@@ -14,9 +14,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 
 from vllm_specplugin.config import option
 from vllm_specplugin.draft import DraftTree
@@ -49,8 +51,11 @@ class DraftModelProposer:
             "how far the draft model's logits are off; higher means less confident",
             low=0.01,
         )
-        coupled: bool = option(
-            True, "use the request's noise to choose candidates at temperature > 0"
+        choose: str = option(
+            "coupled",
+            "candidates at temperature > 0: with the request's noise, the likeliest, "
+            "or drawn from q for scorers that weigh drafts with it",
+            choices=("coupled", "likeliest", "drawn"),
         )
         engine: Mapping[str, Any] = field(
             default_factory=dict,
@@ -69,8 +74,10 @@ class DraftModelProposer:
             width=config.width,
             siblings=config.siblings,
             min_survival=config.min_survival,
-            coupled=config.coupled,
+            coupled=config.choose == "coupled",
+            drawn=config.choose == "drawn",
         )
+        self._generator = cache(lambda device: torch.Generator(device).manual_seed(0))
         self._clock = clock
         self._price = LinearTime(np.array([1.0, 0.05]), np.array([0.5, 0.05]))
 
@@ -117,6 +124,7 @@ class DraftModelProposer:
             self._spread,
             worth,
             ctx.node_price,
+            self._generator,
         )
 
     def release(self, req_ids: Sequence[str]) -> None:

@@ -1,9 +1,12 @@
 """The proposers ``vllm:...``: chains from vLLM's own drafters, under any scorer.
 
 vLLM loads and runs the drafter as it would without the plugin; its drafts then
-go through the plugin's policy and scorer. Drafters whose drafts are drawn from q
-(``draft_sample_method="probabilistic"``) hand q on to the rules that weigh
-drafts with it.
+go through the plugin's policy and scorer. Where a drafter that is a model takes
+its likeliest token, at temperature > 0 it takes the one that the target will
+choose if both agree, given the noise of :mod:`vllm_specplugin.noise` (coupling,
+2408.07978). Drafters whose drafts are drawn from q
+(``draft_sample_method="probabilistic"``) do without and hand q on to the rules
+that weigh drafts with it: those must not share the draft's noise.
 
 Source: ``vllm/v1/spec_decode``.
 """
@@ -20,9 +23,24 @@ from vllm_specplugin.config import option
 from vllm_specplugin.draft import EMPTY_TREE, MAX_NODES, DraftTree
 from vllm_specplugin.draft_probs import DraftProbs
 from vllm_specplugin.errors import ConfigError, complain
-from vllm_specplugin.interfaces import EngineInfo, ProposeContext, RequestView
+from vllm_specplugin.interfaces import (
+    EngineInfo,
+    ProposeContext,
+    RequestView,
+    Steer,
+)
+from vllm_specplugin.proposers._growth import couple
 
-__all__ = ["NativeProposer", "draft_model", "eagle", "eagle3", "mtp", "ngram", "suffix"]
+__all__ = [
+    "NativeModel",
+    "NativeProposer",
+    "draft_model",
+    "eagle",
+    "eagle3",
+    "mtp",
+    "ngram",
+    "suffix",
+]
 
 _GUESS = 0.6
 """Estimate of every node: vLLM's drafters give none, and what is observed at
@@ -82,7 +100,9 @@ class NativeProposer:
             return []
         assert ctx.native is not None, "the runner gives what speculative() asks"
         wanted = max(view.max_nodes for view in ctx.requests)
-        chains, probs = ctx.native.draft(min(wanted, self._length))
+        chains, probs = ctx.native.draft(
+            min(wanted, self._length), self._steer(ctx.requests)
+        )
         return [
             _chain(view, tokens, None if probs is None else probs[i])
             for i, (view, tokens) in enumerate(zip(ctx.requests, chains))
@@ -90,6 +110,56 @@ class NativeProposer:
 
     def release(self, req_ids: Sequence[str]) -> None:
         """vLLM's drafters keep their own state."""
+
+    def _steer(self, views: Sequence[RequestView]) -> Steer | None:
+        return None
+
+
+class NativeModel(NativeProposer):
+    """A drafter that is a model: it has logits."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(NativeProposer.Config):
+        """Options of ``vllm:...`` where the drafter is a model."""
+
+        coupling: str = option(
+            "auto",
+            "use the request's noise to choose drafts at temperature > 0; auto: "
+            "unless they are drawn",
+            choices=("auto", "on", "off"),
+        )
+
+    def __init__(self, config: Config, engine: EngineInfo) -> None:
+        super().__init__(config, engine)
+        drawn = _drawn(config)
+        self._coupled = config.coupling == "on" or (
+            config.coupling == "auto" and not drawn
+        )
+
+    @classmethod
+    def speculative(cls, config: NativeProposer.Config) -> Mapping[str, Any]:
+        assert isinstance(config, NativeModel.Config)
+        if config.coupling == "on" and _drawn(config):
+            raise ConfigError(
+                complain(
+                    f"coupling='on' for 'vllm:{cls.method}' with "
+                    "draft_sample_method='probabilistic'",
+                    "one of the two: drafts drawn from q must not share the noise "
+                    "that decides about them",
+                    "leave out draft_sample_method, or set coupling to 'off'",
+                )
+            )
+        return super().speculative(config)
+
+    def _steer(self, views: Sequence[RequestView]) -> Steer | None:
+        if not self._coupled or all(view.temperature == 0 for view in views):
+            return None
+        owners = np.arange(len(views))
+        return lambda logits, depth: couple(logits, views, owners, depth)
+
+
+def _drawn(config: NativeProposer.Config) -> bool:
+    return config.engine.get("draft_sample_method") == "probabilistic"
 
 
 def _chain(view: RequestView, tokens: Sequence[int], probs: Any) -> DraftTree:
@@ -109,25 +179,25 @@ def _chain(view: RequestView, tokens: Sequence[int], probs: Any) -> DraftTree:
     )
 
 
-class draft_model(NativeProposer):
+class draft_model(NativeModel):
     """vLLM's ``draft_model``."""
 
     method = "draft_model"
 
 
-class eagle(NativeProposer):
+class eagle(NativeModel):
     """vLLM's ``eagle``."""
 
     method = "eagle"
 
 
-class eagle3(NativeProposer):
+class eagle3(NativeModel):
     """vLLM's ``eagle3``."""
 
     method = "eagle3"
 
 
-class mtp(NativeProposer):
+class mtp(NativeModel):
     """vLLM's ``mtp``; its weights come with the target's."""
 
     method = "mtp"

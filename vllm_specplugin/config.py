@@ -10,8 +10,11 @@ unknown keys, wrong types and values out of range.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
@@ -28,9 +31,12 @@ __all__ = [
     "cache_dir",
     "check_option",
     "child_environment",
+    "make_stats_dir",
     "models_dir",
     "option",
     "parse_options",
+    "shared_stats_dir",
+    "stats_dir",
     "use_first_runner",
 ]
 
@@ -164,6 +170,9 @@ class SpecConfig:
     request_scorers: Sequence[str] | None = None
     """Scorers that requests may choose; ``None`` for all lossless ones. Beside
     these, always the default ``scorer``."""
+    log_interval: float = option(
+        10.0, "seconds between the log lines of a busy worker; 0 for none", low=0
+    )
     trace: str = option("", "file to write a trace of drafts and steps to")
     trace_limit_mb: float = option(256.0, "most megabytes of a trace", low=0.001)
     options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -279,6 +288,40 @@ def cache_dir() -> Path:
         return Path(base)
     xdg = os.environ.get("XDG_CACHE_HOME")
     return (Path(xdg) if xdg else Path.home() / ".cache") / "vllm-specplugin"
+
+
+_STATS = "SPECPLUGIN_STATS"
+
+
+def shared_stats_dir() -> Path | None:
+    """The folder of Prometheus's own files, which vLLM uses where there are several
+    API servers."""
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    return Path(folder) if folder else None
+
+
+def stats_dir() -> Path | None:
+    """Where the processes of a server keep their statistics, if anywhere: that of
+    :func:`shared_stats_dir`, else that of :func:`make_stats_dir`."""
+    folder = os.environ.get(_STATS)
+    return shared_stats_dir() or (Path(folder) if folder else None)
+
+
+def make_stats_dir() -> Path:
+    """Makes the folder for this process and those it starts, if there is none;
+    it goes when this process ends."""
+    if (folder := stats_dir()) is not None:
+        return folder
+    folder = Path(tempfile.mkdtemp(prefix="specplugin-stats-"))
+    os.environ[_STATS] = str(folder)
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not in a fork
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
 
 
 def models_dir() -> Path | None:

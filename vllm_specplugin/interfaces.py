@@ -42,6 +42,7 @@ __all__ = [
     "ScoreBatch",
     "ScoreResult",
     "Scorer",
+    "Steer",
     "StepOutcome",
     "TrimContext",
 ]
@@ -133,11 +134,24 @@ class DraftModel(Protocol):
         ...
 
 
+Steer = Callable[["torch.Tensor", int], None]
+"""See :meth:`NativeDrafts.draft`."""
+
+
 class NativeDrafts(Protocol):
     """vLLM's own drafter, during one drafting."""
 
-    def draft(self, length: int) -> tuple[Sequence[Sequence[int]], torch.Tensor | None]:
+    def draft(
+        self, length: int, steer: Steer | None = None
+    ) -> tuple[Sequence[Sequence[int]], torch.Tensor | None]:
         """Has the drafter draft chains of up to ``length`` tokens.
+
+        Args:
+            length: most tokens.
+            steer: called with the drafter's logits ``[requests, vocab]`` and the
+                depth of the tokens to choose, to change them in place before the
+                largest are taken. For drafters that are models and choose without
+                chance.
 
         Returns:
             The chains, one for each of :attr:`ProposeContext.requests`, and

@@ -39,7 +39,15 @@ class SpecMetrics:
     kv_rows_moved: int = 0
     propose_calls: int = 0
     propose_seconds: float = 0.0
+    step_seconds: float = 0.0
+    """From the preparation of steps to their sampled tokens."""
+    draft_seconds: float = 0.0
+    """Drafting between steps, choosing nodes included."""
     accepted_by_depth: list[int] = field(default_factory=lambda: [0] * MAX_NODES)
+    verified_by_count: list[int] = field(default_factory=lambda: [0] * (MAX_NODES + 1))
+    """Request-steps by the number of nodes they had verified."""
+    requests_by_scorer: Counter[str] = field(default_factory=Counter)
+    """Admitted requests by the rule that scores them."""
     guarded: Counter[str] = field(default_factory=Counter)
     """How often a guard rail kept a lossy rule from accepting: ``run``,
     ``entropy``, ``share``."""
@@ -61,6 +69,7 @@ class SpecMetrics:
         """Adds one request's part in one step."""
         self.requests += 1
         self.emitted += emitted
+        self.verified_by_count[drafted] += 1
         if drafted:
             self.drafts += 1
             self.nodes += drafted
@@ -81,15 +90,20 @@ class SpecMetrics:
         values: dict[str, Any] = {
             name: getattr(self, name)
             for name in self.__slots__
-            if name not in ("accepted_by_depth", "failures", "guarded")
+            if isinstance(getattr(self, name), (int, float))
         }
-        deepest = max(
-            (d for d, n in enumerate(self.accepted_by_depth) if n), default=-1
-        )
         return values | {
-            "accepted_by_depth": self.accepted_by_depth[: deepest + 1],
+            "accepted_by_depth": _without_tail(self.accepted_by_depth),
+            "verified_by_count": _without_tail(self.verified_by_count),
+            "requests_by_scorer": dict(self.requests_by_scorer),
             "failures": dict(self.failures),
             "guarded": dict(self.guarded),
             "acceptance_length": self.acceptance_length,
             "tokens_per_request_step": self.tokens_per_request_step,
         }
+
+
+def _without_tail(counts: list[int]) -> list[int]:
+    """Up to the last entry that is not 0."""
+    used = max((i for i, n in enumerate(counts) if n), default=-1)
+    return counts[: used + 1]

@@ -48,15 +48,26 @@ class FakeDraftModel:
 
 
 class FakeNative:
-    """A drafter of vLLM's: always the same chain."""
+    """A drafter of vLLM's: always the same chain, unless its logits are steered."""
 
-    def __init__(self, views, chain, probs=None) -> None:
+    def __init__(self, views, chain, probs=None, logits=None) -> None:
         self.views, self.chain, self.probs = views, chain, probs
+        self.logits = logits
         self.asked: list[int] = []
+        self.steered = False
 
-    def draft(self, length):
+    def draft(self, length, steer=None):
         self.asked.append(length)
-        return [self.chain[:length]] * len(self.views), self.probs
+        self.steered = steer is not None
+        if self.logits is None:
+            return [self.chain[:length]] * len(self.views), self.probs
+        chains = []
+        for depth in range(1, length + 1):
+            logits = self.logits[: len(self.views)].clone()
+            if steer is not None:
+                steer(logits, depth)
+            chains.append(logits.argmax(dim=-1).tolist())
+        return list(zip(*chains)), self.probs
 
 
 def equipped(views: Sequence[RequestView], vocab_size: int) -> ProposeContext:

@@ -79,7 +79,7 @@ def test_candidates_are_coupled_to_the_requests_noise():
     assert tree.estimates == pytest.approx(np.sort(likely)[::-1][:3], rel=1e-4)
 
     model = FakeDraftModel([request], logits)
-    [plain] = draft(make(depth=1, siblings=3, coupled=False), [request], model)
+    [plain] = draft(make(depth=1, siblings=3, choose="likeliest"), [request], model)
     assert plain.tokens.tolist() == logits[5].topk(3).indices.tolist()
 
 

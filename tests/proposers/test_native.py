@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from tests.proposers.test_text_proposers import view
 from vllm_specplugin.config import SpecConfig, build, resolve
 from vllm_specplugin.errors import ConfigError
 from vllm_specplugin.interfaces import EngineInfo, ProposeContext
+from vllm_specplugin.noise import gumbel
 
 VOCAB = 1000
 ENGINE = EngineInfo(vocab_size=VOCAB, max_model_len=256, max_num_seqs=8, max_nodes=16)
@@ -57,6 +59,60 @@ def test_probabilities_come_along_where_tokens_were_drawn():
     assert drawn.draft_probs.rows.tolist() == [0, 1, 2, -1]
     assert drawn.draft_probs.sampled.all()
     assert torch.equal(drawn.draft_probs.probs, probs[0])
+
+
+def test_models_guess_with_the_noise_of_their_requests():
+    """What a drafter with the target's own logits takes is what ``exact`` takes."""
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(1)) * 2
+    views = [
+        view([1] * 5, "a", temperature=0.7, seed=11),
+        view([1] * 9, "b"),
+        view([1], "c", temperature=1.3, seed=5, top_k=2),
+    ]
+    native = FakeNative(views, [], logits=logits)
+    trees = draft(make("vllm:draft_model", model="m", length=3), native)
+    for row, (one, tree) in enumerate(zip(views, trees)):
+        wanted = []
+        for depth in range(3):
+            scaled = logits[row].numpy().astype(np.float64)
+            if one.top_k:
+                scaled[scaled < np.sort(scaled)[-one.top_k]] = -np.inf
+            if one.temperature:
+                noise = gumbel(one.seed, len(one.tokens) + depth, np.arange(VOCAB))
+                scaled = scaled / one.temperature + noise
+            wanted.append(int(scaled.argmax()))
+        assert tree.tokens.tolist() == wanted
+        assert tree.draft_probs is None
+    assert len(set(trees[0].tokens.tolist())) > 1, "the noise differs by position"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "steered"),
+    [
+        ("vllm:eagle", {}, True),
+        ("vllm:eagle", {"coupling": "off"}, False),
+        ("vllm:eagle", {"engine": {"draft_sample_method": "probabilistic"}}, False),
+        ("vllm:ngram", {}, False),
+    ],
+)
+def test_who_is_coupled(name, options, steered):
+    model = {} if name == "vllm:ngram" else {"model": "m"}
+    native = FakeNative([view([1], temperature=1.0)], [3])
+    draft(make(name, **model, **options), native)
+    assert native.steered is steered
+    native = FakeNative([view([1])], [3])
+    draft(make(name, **model, **options), native)
+    assert not native.steered, "greedy requests need no noise"
+
+
+def test_drawn_drafts_cannot_be_coupled():
+    drawn = {"draft_sample_method": "probabilistic"}
+    with pytest.raises(ConfigError, match=r"coupling='on'.*must not share the noise"):
+        asked("vllm:eagle", model="m", coupling="on", engine=drawn)
+    with pytest.raises(ConfigError, match=r"coupling='yes'.*auto, on, off"):
+        asked("vllm:eagle", model="m", coupling="yes")
+    with pytest.raises(ConfigError, match="vllm:ngram options has no 'coupling'"):
+        asked("vllm:ngram", coupling="on")
 
 
 def test_what_vllm_is_told():

@@ -48,6 +48,16 @@ def test_flags_become_engine_arguments(parser):
     assert own["options"] == {"proposer": {"min_survival": 0.4}}
 
 
+def test_api_servers_find_engine_arguments_in_the_flags(parser):
+    """vLLM hands the parsed flags to API servers that know no plugin yet."""
+    flags = parser.parse_args(["--model", "m", "--spec-proposer=suffix"])
+    first = EngineArgs.from_cli_args(flags)
+    assert flags.additional_config == first.additional_config
+    assert flags.worker_cls == WORKER
+    assert flags.spec_proposer is None
+    assert EngineArgs.from_cli_args(flags) == first
+
+
 def test_the_order_of_flags_does_not_matter(parser):
     flags = [
         "--spec-max-nodes=7",

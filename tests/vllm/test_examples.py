@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -18,12 +14,12 @@ from typing import Any
 import pytest
 
 from .conftest import TARGET, Engine
+from .serving import Server, complete
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": str(EXAMPLES),
-    "PYTHON": sys.executable,
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "OMP_NUM_THREADS": "2",
@@ -57,55 +53,13 @@ def test_custom_proposer() -> None:
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """A server as ``serve.sh`` starts it, with vLLM's own processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = ["--host=127.0.0.1", f"--port={port}", "--dtype=float32", "--enforce-eager"]
-    flags += ["--max-model-len=512", "--block-size=32", "--max-num-seqs=8"]
-    log = EXAMPLES.parent / ".pytest_cache" / "server.log"
-    log.parent.mkdir(exist_ok=True)
-    with (
-        log.open("w") as sink,
-        subprocess.Popen(
-            ["bash", str(EXAMPLES / "serve.sh"), str(TARGET), *flags],
-            env={**ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-            stdout=sink,
-            stderr=sink,
-            start_new_session=True,
-        ) as process,
-    ):
-        url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5).close()
-                break
-            except (urllib.error.URLError, ConnectionError):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    pytest.fail(log.read_text()[-4000:])
-                time.sleep(0.5)
-        yield url
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-    started = [line for line in log.read_text().splitlines() if "is active on" in line]
+    command = ["bash", str(EXAMPLES / "serve.sh"), str(TARGET)]
+    with Server(command, PYTHON=sys.executable) as one:
+        yield one.url
+    started = [line for line in one.log().splitlines() if "is active on" in line]
     assert len(started) == 1
     assert "proposer=suffix scorer=exact policy=goodput max_nodes=16" in started[0]
     assert "(draft trees)" in started[0]
-
-
-def complete(url: str, **body: Any) -> dict[str, Any]:
-    request = urllib.request.Request(
-        f"{url}/v1/completions",
-        data=json.dumps({"model": str(TARGET), **body}).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=120) as response:
-        answer: dict[str, Any] = json.load(response)
-    return answer
 
 
 def test_served_text_is_that_without_speculation(

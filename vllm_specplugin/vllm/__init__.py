@@ -13,6 +13,8 @@ entry point ``vllm.general_plugins``      being loaded in every process
 ``worker_cls``                            our worker, which adopts the runner
 ``register_backend``                      tree attention
 ``SamplingParams.extra_args``             per-request options
+``vllm.endpoint_plugins``                 ``GET /specplugin/status``
+Prometheus's files between processes      workers' counters in ``/metrics``
 ========================================  ==================================
 
 Patches, each with the reason and when to remove it:
@@ -25,6 +27,10 @@ Patches, each with the reason and when to remove it:
     wrapped, the second by the first and only where the plugin is switched on, to
     refuse wrong ``spec_*`` options of a request with a 400. Remove when vLLM lets
     plugins validate ``extra_args``.
+``OutputProcessor.process_outputs`` (``front_end.py``)
+    wrapped in the same place, to add the rule and the tokens accepted by leniency
+    to the per-request statistics that vLLM puts into a response. Remove when
+    ``EngineCoreOutput`` has room for a plugin's statistics.
 ``runner.__class__`` (``worker.py``)
     set to a subclass of the runner's class after ``init_device()``: the CPU
     worker has no hook to choose its runner. Remove when ``CPUWorker`` calls

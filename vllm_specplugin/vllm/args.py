@@ -135,8 +135,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def apply_flags(args: argparse.Namespace) -> argparse.Namespace:
-    """Turns ``--spec-*`` values into engine arguments on a copy of ``args``.
+def apply_flags(args: argparse.Namespace) -> None:
+    """Turns ``--spec-*`` values into engine arguments, in place.
+
+    vLLM hands the same ``args`` to the API servers it starts, which read them
+    before plugins are loaded: they have to find engine arguments there. The flags
+    are taken out, so that doing this again changes nothing.
 
     Raises:
         ConfigError: a value is wrong, flags of the plugin are given without
@@ -149,7 +153,7 @@ def apply_flags(args: argparse.Namespace) -> argparse.Namespace:
         if (value := getattr(args, f"spec_{name}", None)) is not None
     }
     if not given:
-        return args
+        return
     if "proposer" not in given:
         flag = "--spec-" + next(iter(given)).replace("_", "-")
         raise ConfigError(
@@ -186,11 +190,11 @@ def apply_flags(args: argparse.Namespace) -> argparse.Namespace:
         asynchronous=getattr(args, "async_scheduling", None),
     )
     own = arguments.pop("additional_config")
-    args = argparse.Namespace(**vars(args))
     args.additional_config = {**(getattr(args, "additional_config", None) or {}), **own}
     for name, value in arguments.items():
         setattr(args, name, value)
-    return args
+    for name in given:
+        setattr(args, f"spec_{name}", None)
 
 
 def _with_trace(options: Any, given: Mapping[str, Any]) -> Any:

@@ -8,11 +8,14 @@ it computes its keys and values from the target's step only.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+
+from vllm_specplugin.interfaces import Steer
 
 __all__ = ["NativeCall"]
 
@@ -41,8 +44,15 @@ class NativeCall:
         index = self._runner.input_batch.req_id_to_index
         return _Drafts(self, [index[req_id] for req_id in req_ids])
 
-    def run(self, length: int) -> Any:
+    def run(
+        self, length: int, indices: Sequence[int] = (), steer: Steer | None = None
+    ) -> Any:
         """Drafts for all requests, once per step.
+
+        Args:
+            length: tokens per request.
+            indices: requests of the batch that ``steer`` knows, in its order.
+            steer: changes their logits.
 
         Returns:
             ``[requests][length]`` tokens.
@@ -51,7 +61,8 @@ class NativeCall:
             output = dataclasses.replace(
                 self._scheduler_output, num_spec_tokens_to_schedule=length
             )
-            drafted = self._propose(output, *self._rest)
+            with _steering(self._runner.drafter, indices, steer):
+                drafted = self._propose(output, *self._rest)
             self._drafted = (
                 drafted.tolist() if isinstance(drafted, torch.Tensor) else drafted
             )
@@ -71,9 +82,42 @@ class _Drafts:
         self._call = call
         self._indices = indices
 
-    def draft(self, length: int) -> tuple[Sequence[Sequence[int]], torch.Tensor | None]:
-        drafted = self._call.run(length)
+    def draft(
+        self, length: int, steer: Steer | None = None
+    ) -> tuple[Sequence[Sequence[int]], torch.Tensor | None]:
+        drafted = self._call.run(length, self._indices, steer)
         probs = self._call._runner._draft_probs
         if probs is not None:
             probs = probs[torch.tensor(self._indices, device=probs.device)]
         return [drafted[i] for i in self._indices], probs
+
+
+@contextlib.contextmanager
+def _steering(
+    drafter: Any, indices: Sequence[int], steer: Steer | None
+) -> Iterator[None]:
+    """Has a drafter's logits changed before it takes the largest, for one call.
+
+    Each draft step ends in ``_sample_draft_tokens``, with one row per request.
+    """
+    if steer is None or drafter.use_heterogeneous_vocab:
+        yield
+        return
+    depth = 0
+
+    def take(hidden_states: torch.Tensor, _: Any) -> tuple[torch.Tensor, None]:
+        nonlocal depth
+        depth += 1
+        logits = drafter.model.compute_logits(hidden_states)
+        rows = torch.tensor(indices, device=logits.device)
+        part = logits[rows].float()
+        steer(part, depth)
+        chosen = logits.argmax(dim=-1)
+        chosen[rows] = part.argmax(dim=-1)
+        return chosen, None
+
+    drafter._sample_draft_tokens = take  # shadows the method
+    try:
+        yield
+    finally:
+        del drafter._sample_draft_tokens

@@ -12,8 +12,8 @@ _MARK = "_specplugin_wrapped"
 
 
 def register() -> None:
-    """Adds the ``--spec-*`` flags to vLLM's command line, and has options of
-    requests checked where the plugin is switched on. Idempotent.
+    """Adds the ``--spec-*`` flags to vLLM's command line, and where the plugin is
+    switched on has options of requests checked and statistics shown. Idempotent.
 
     Changes nothing else. Versions are checked when the
     plugin is switched on, so an unsupported vLLM still serves without it.
@@ -37,7 +37,8 @@ def register() -> None:
     def read_flags(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
         from vllm_specplugin.vllm.args import apply_flags
 
-        return from_cli_args(cls, apply_flags(args))  # type: ignore[no-any-return]
+        apply_flags(args)
+        return from_cli_args(cls, args)  # type: ignore[no-any-return]
 
     create_engine_config = EngineArgs.create_engine_config
 
@@ -47,8 +48,10 @@ def register() -> None:
 
         if CONFIG_KEY in (self.additional_config or {}):
             from vllm_specplugin.vllm.admission import check_requests_from_now_on
+            from vllm_specplugin.vllm.front_end import show_statistics
 
             check_requests_from_now_on()
+            show_statistics()
         return create_engine_config(self, *args, **kwargs)
 
     setattr(with_flags, _MARK, True)

@@ -32,23 +32,19 @@ from vllm.v1.outputs import SamplerOutput
 from vllm_specplugin.draft import DraftTree
 from vllm_specplugin.draft_probs import DraftProbs, batch_probs
 from vllm_specplugin.draft_request import DraftRequest
-from vllm_specplugin.interfaces import (
-    RequestView,
-    ScoreBatch,
-    ScoreResult,
-    StepOutcome,
-)
+from vllm_specplugin.interfaces import ScoreBatch
 from vllm_specplugin.layout import StepLayout, scheduled_tree
 from vllm_specplugin.noise import request_seed
-from vllm_specplugin.vllm.cache_layout import prepare_layers
 from vllm_specplugin.vllm.draft_lm import draft_layers, load_draft_model
 from vllm_specplugin.vllm.features import likeliest, show_rows
 from vllm_specplugin.vllm.kv_compaction import compact
 from vllm_specplugin.vllm.logits import gather_logprobs, process_logits
 from vllm_specplugin.vllm.native_drafts import NativeCall
 from vllm_specplugin.vllm.state import SpecState, Step
+from vllm_specplugin.vllm.steps import count_step, draft_request, score
 from vllm_specplugin.vllm.tree_attention.backend import PLAN_ATTRIBUTE
 from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan, plan_tree_rows
+from vllm_specplugin.vllm.why_chains import why_chains
 
 __all__ = ["TreeRunnerV1"]
 
@@ -65,32 +61,8 @@ class TreeRunnerV1:
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kw: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kw)  # type: ignore[misc]
-        self.spec.why_chains = self._why_chains()
+        self.spec.why_chains = why_chains(self, draft_layers(self))
         self.spec.draft_model = load_draft_model(self)
-
-    def _why_chains(self) -> str | None:
-        """Why this engine verifies chains only, or ``None`` for trees."""
-        runner: Any = self
-        if runner.parallel_config.pipeline_parallel_size > 1:
-            return "pipeline parallelism is on"
-        if runner.parallel_config.decode_context_parallel_size > 1:
-            return "decode context parallelism is on"
-        if runner.parallel_config.enable_dbo:
-            return "dual-batch overlap is on"
-        if runner.uses_mrope:
-            return "the model uses multimodal rotary positions"
-        if runner.vllm_config.kv_transfer_config is not None:
-            return "KV transfer saves caches before accepted rows are in place"
-        context = runner.compilation_config.static_forward_context
-        layers = {
-            name: context[name]
-            for group in runner.kv_cache_config.kv_cache_groups
-            for name in group.layer_names
-            if name not in draft_layers(runner)
-        }
-        if foreign := [name for name, x in layers.items() if not hasattr(x, "impl")]:
-            return f"it has layers that are not attention ({foreign[0]})"
-        return prepare_layers(layers)
 
     # ------------------------------------------------------------ a step
 
@@ -100,6 +72,7 @@ class TreeRunnerV1:
         if finished:
             spec.drafter.release(finished)
             spec.scorer.release(finished)
+            spec.observer.release(finished)
             for req_id in finished:
                 spec.trees.pop(req_id, None)
                 spec.seeds.pop(req_id, None)
@@ -109,7 +82,10 @@ class TreeRunnerV1:
             spec.draft_model.follow(scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
             params = new.sampling_params
-            spec.scorer.admit(new.req_id, params.extra_args if params else None)
+            chosen = spec.scorer.admit(
+                new.req_id, params.extra_args if params else None
+            )
+            spec.observer.admit(new.req_id, chosen.scorer)
             seed = params.seed if params else None
             if seed is None:
                 seed = request_seed(runner.model_config.seed, spec.admitted)
@@ -209,12 +185,13 @@ class TreeRunnerV1:
             history=self._known_tokens,
             **({} if probs is None else vars(probs)),
         )
-        result = self._score(batch)
+        result = score(spec, batch)
         show_rows(self, top, result)
         if step.plan is not None:
             moves = layout.moves(result.rows, result.lengths)
             spec.metrics.kv_rows_moved += compact(self, step.plan, moves)
-        self._count(result, step)
+        sampled = ~self.discard_request_mask.np[: len(req_ids)]
+        count_step(spec, step, result, req_ids, sampled)
         spec.step = None
         return SamplerOutput(
             sampled_token_ids=torch.from_numpy(result.tokens).to(logits.device),
@@ -232,53 +209,6 @@ class TreeRunnerV1:
     def _known_tokens(self, index: int) -> Any:
         batch = self.input_batch
         return batch.token_ids_cpu[index, : batch.num_tokens_no_spec[index]]
-
-    def _score(self, batch: ScoreBatch) -> ScoreResult:
-        try:
-            return self.spec.scorer.score(batch)
-        except Exception:
-            failures = self.spec.metrics.failures
-            failures["scorer_error"] += 1
-            if failures["scorer_error"] == 1:
-                logger.exception(
-                    "scorer %r failed; steps it fails on are scored by 'exact'",
-                    self.spec.config.scorer,
-                )
-            return self.spec.fallback_scorer.score(batch)
-
-    def _count(self, result: ScoreResult, step: Step) -> None:
-        metrics, layout = self.spec.metrics, step.layout
-        sampled = ~self.discard_request_mask.np[: len(layout.trees)]
-        emitting = np.flatnonzero(sampled).tolist()
-        drafted = (layout.counts - 1).tolist()
-        accepted = (result.lengths - 1).tolist()
-        for i in emitting:
-            metrics.observe(drafted[i], accepted[i], accepted[i] + 1)
-        metrics.observe_lenience(result, sampled)
-        metrics.steps += 1
-        metrics.steps_without_drafts += not layout.has_drafts
-        metrics.tree_requests += len(layout.branching)
-        if not emitting:
-            return
-        spec, req_ids = self.spec, self.input_batch.req_ids
-        now = time.perf_counter()
-        spec.drafter.observe(
-            StepOutcome(
-                req_ids=[req_ids[i] for i in emitting],
-                num_tokens=[layout.root_positions[i] + 1 for i in emitting],
-                drafted=[drafted[i] for i in emitting],
-                deepest=[layout.trees[i].max_depth for i in emitting],
-                accepted=[accepted[i] for i in emitting],
-                foreseen=[accepted[i] for i in emitting],
-                masked=0 if step.plan is None else len(step.plan.rows.query),
-                prompt_tokens=step.num_tokens - sum(drafted) - len(emitting),
-                seconds=now - step.started,
-                gap_seconds=step.started - spec.idle_since,
-                draft_requests=spec.drafter.draft_requests,
-                draft_seconds=spec.drafter.draft_seconds,
-            ),
-            result.tokens[emitting],
-        )
 
     # ---------------------------------------------------------- drafting
 
@@ -331,45 +261,14 @@ class TreeRunnerV1:
         req_id = batch.req_ids[index]
         state = self.requests[req_id]
         params = state.sampling_params
-        num_tokens = int(batch.num_tokens_no_spec[index])
-        room = self.max_model_len - num_tokens - 1
-        left = params.max_tokens - len(state.output_token_ids) - 1
-        if room < 0 or left < 0:
-            return None  # it has emitted its last token
-        limit, depth = min(spec.engine.max_nodes, room), min(room, left)
-        if (
-            depth < 1
-            or params.thinking_token_budget is not None
-            or state.prompt_embeds is not None
-        ):
-            limit = 0
-        chosen = spec.scorer.options(req_id)
-        if chosen.max_nodes is not None:
-            limit = min(limit, chosen.max_nodes)
-        options = params.extra_args or {}
-
-        def view(nodes: int) -> RequestView:
-            return RequestView(
-                req_id=req_id,
-                tokens=batch.token_ids_cpu[index, :num_tokens],
-                num_prompt_tokens=int(batch.num_prompt_tokens[index]),
-                max_nodes=nodes,
-                max_depth=depth,
-                temperature=0.0 if params.temperature < 1e-5 else params.temperature,
-                top_k=max(0, params.top_k),
-                top_p=params.top_p,
-                seed=spec.seeds[req_id],
-                options=options,
-            )
-
-        return DraftRequest(
-            view=view,
-            req_id=req_id,
-            limit=limit,
-            floor=min(limit, chosen.min_nodes),
-            num_tokens=num_tokens,
-            greedy=params.temperature < 1e-5,
-            options=options,
+        return draft_request(
+            spec,
+            req_id,
+            batch.token_ids_cpu[index, : batch.num_tokens_no_spec[index]],
+            int(batch.num_prompt_tokens[index]),
+            params,
+            max_model_len=self.max_model_len,
+            has_embeddings=state.prompt_embeds is not None,
             # The grammar is advanced along a flat list of tokens.
             chain_only=spec.why_chains is not None
             or params.structured_outputs is not None,

@@ -137,6 +137,7 @@ class TreeRunnerV2:
         if finished:
             self.spec.drafter.release(finished)
             self.spec.scorer.release(finished)
+            self.spec.observer.release(finished)
             for req_id in finished:
                 self.spec.seeds.pop(req_id, None)
                 self.spec_requests.pop(req_id, None)
@@ -146,7 +147,9 @@ class TreeRunnerV2:
         spec, seeds = self.spec, self.sampler.sampling_states.seeds.np
         for new in scheduler_output.scheduled_new_reqs:
             if new.req_id not in self.spec_requests:  # else back from preemption
-                spec.scorer.admit(new.req_id, new.sampling_params.extra_args)
+                params = new.sampling_params
+                chosen = spec.scorer.admit(new.req_id, params.extra_args)
+                spec.observer.admit(new.req_id, chosen.scorer)
                 spec.admitted += 1
             slot = self.req_states.req_id_to_index[new.req_id]
             self.spec_requests[new.req_id] = new

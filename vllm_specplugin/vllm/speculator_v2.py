@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from vllm_specplugin.interfaces import Steer
+
 __all__ = ["NativeDraftsV2", "TreeSpeculator"]
 
 
@@ -71,7 +73,10 @@ class _Some:
     def __init__(self, drafts: NativeDraftsV2, indices: list[int]) -> None:
         self._drafts, self._indices = drafts, indices
 
-    def draft(self, length: int) -> tuple[Sequence[Sequence[int]], torch.Tensor | None]:
+    def draft(
+        self, length: int, steer: Steer | None = None
+    ) -> tuple[Sequence[Sequence[int]], torch.Tensor | None]:
+        del steer  # its logits do not leave its own kernels
         drafts = self._drafts
         tokens = [drafts._tokens[i][:length] for i in self._indices]
         if drafts._logits is None:

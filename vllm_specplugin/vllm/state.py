@@ -20,6 +20,7 @@ from vllm_specplugin.trace import TraceWriter
 from vllm_specplugin.vllm.draft_lm import PagedDraftModel
 from vllm_specplugin.vllm.engine_info import describe_engine
 from vllm_specplugin.vllm.native_drafts import NativeCall
+from vllm_specplugin.vllm.observer import Observer
 from vllm_specplugin.vllm.speculator_v2 import NativeDraftsV2
 
 __all__ = ["SpecState", "Step"]
@@ -44,6 +45,7 @@ class SpecState:
         self._runner = runner
         self.engine = describe_engine(runner, config)
         self.metrics = SpecMetrics()
+        self.observer = Observer(config, runner, self.metrics)
         self.scorer = RequestScorer(config, self.engine)
         self.fallback_scorer = ExactScorer(None, self.engine)
         self.proposer = proposer = build(config, "proposer", self.engine)
@@ -93,7 +95,8 @@ class SpecState:
         )
 
     def close(self) -> None:
-        """Ends the trace, if one is written."""
+        """Ends the trace, if one is written, and the metrics."""
+        self.observer.close()
         if self.drafter.trace is not None:
             self.drafter.trace.close()
 

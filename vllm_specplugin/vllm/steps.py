@@ -75,9 +75,13 @@ def count_step(
     if not emitting:
         return
     trees, now = layout.trees, time.perf_counter()
+    metrics.step_seconds += now - step.started
+    metrics.draft_seconds += spec.drafter.draft_seconds
+    own, relaxed = [req_ids[i] for i in emitting], result.relaxed
+    spec.observer.step(own, None if relaxed is None else relaxed[emitting])
     spec.drafter.observe(
         StepOutcome(
-            req_ids=[req_ids[i] for i in emitting],
+            req_ids=own,
             num_tokens=[layout.root_positions[i] + 1 for i in emitting],
             drafted=[drafted[i] for i in emitting],
             deepest=[trees[i].max_depth for i in emitting],

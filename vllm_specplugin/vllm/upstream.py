@@ -34,6 +34,16 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
         "params",
         "supported_tasks",
     ),
+    # what a response tells of its request; wrapped for want of a field
+    "vllm.v1.engine.output_processor:OutputProcessor.process_outputs": None,
+    "vllm.v1.metrics.stats:RequestSpecDecodeMetrics.to_dict": ("self",),
+    "prometheus_client.mmap_dict:MmapedDict.write_value": (
+        "self",
+        "key",
+        "value",
+        "timestamp",
+    ),
+    "prometheus_client.multiprocess:MultiProcessCollector": ("registry", "path"),
     "vllm.exceptions:VLLMValidationError": ("message", "parameter"),
     "vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer": (
         "vllm_config",
@@ -72,6 +82,9 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
     f"{_RUNNER}._bookkeeping_sync": None,
     "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
     ".build_per_group_and_layer_attn_metadata": ("self", "common_attn_metadata"),
+    # choices of vLLM's drafters are steered here
+    "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
+    "._sample_draft_tokens": ("self", "hidden_states", "sampling_metadata"),
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
         "query_start_loc",
         "query_start_loc_cpu",

@@ -58,6 +58,16 @@ class SpecWorkerMixin:
             "chains_only": spec.why_chains,
         }
 
+    def specplugin_status(self) -> dict[str, Any]:
+        """What is active and how it does; for ``collective_rpc``."""
+        spec = self.model_runner.spec  # type: ignore[attr-defined]
+        return {
+            "summary": describe(self.model_runner),  # type: ignore[attr-defined]
+            "configuration": spec.config.to_dict(),
+            "last_minute": spec.observer.figures(),
+            "since_start": self.specplugin_stats(),
+        }
+
     def specplugin_reset(self, changes: Mapping[str, Any] | None = None) -> None:
         """Starts over with a fresh proposer, policy and counters, as after a
         restart; for measurements. Drafts in flight are forgotten.
