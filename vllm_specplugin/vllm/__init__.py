@@ -6,8 +6,9 @@ Official seams used, and for what:
 entry point ``vllm.general_plugins``      being loaded in every process
 ``additional_config``                     our configuration, in every process
 ``speculative_config``                    switching speculation on
-                                          (``custom_class``), or having vLLM
-                                          load a drafter
+                                          (``custom_class``, on the second
+                                          runner ``ngram_gpu``), or having
+                                          vLLM load a drafter
 ``num_speculative_tokens_per_batch_size`` no padding to a fixed draft length,
                                           piecewise CUDA graphs
 ``worker_cls``                            our worker, which adopts the runner
@@ -35,4 +36,11 @@ Patches, each with the reason and when to remove it:
     set to a subclass of the runner's class after ``init_device()``: the CPU
     worker has no hook to choose its runner. Remove when ``CPUWorker`` calls
     ``_make_model_runner()`` as the GPU worker does.
+``runner.speculator``, ``.sampler``, ``.rejection_sampler`` and ``.model_state``
+    (``runner_v2.py``)
+    replaced, on vLLM's second runner, by objects that are also ours: it builds them
+    from closed lists. Remove when it takes them from a registry.
+``VLLM_USE_V2_MODEL_RUNNER`` (``runner_choice.py``)
+    set to 0 where the proposer runs a draft model level by level. Remove when that
+    is written for the second runner.
 """

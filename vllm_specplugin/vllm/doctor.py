@@ -92,17 +92,12 @@ def _platform() -> Iterator[Finding]:
 
 
 def _runner() -> Iterator[Finding]:
-    from vllm import envs
+    from vllm_specplugin.vllm.runner_choice import second_runner_offered
 
-    if envs.VLLM_USE_V2_MODEL_RUNNER:
-        yield Finding(
-            "runner",
-            "VLLM_USE_V2_MODEL_RUNNER asks for vLLM's second model runner",
-            bad=True,
-            remedy="unset it: the plugin works on the first one",
-        )
-    else:
-        yield Finding("runner", "vLLM's first model runner")
+    second = second_runner_offered()
+    yield Finding(
+        "runner", f"vLLM's {'second' if second else 'first'} model runner, as vLLM picks"
+    )
 
 
 def _seams() -> Iterator[Finding]:

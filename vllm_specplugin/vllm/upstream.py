@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from vllm_specplugin.errors import UnsupportedError, complain
+from vllm_specplugin.vllm.seams_v2 import SECOND_RUNNER
 
 __all__ = ["SUPPORTED", "check_version", "drift", "installed_version"]
 
@@ -226,6 +227,7 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
         "kv_cache",
         "slot_mapping",
     ),
+    **SECOND_RUNNER,
 }
 """``module:attribute`` to the parameter names relied on, in order, or ``None``
 where only existence matters. Further parameters at the end are allowed where
