@@ -84,7 +84,7 @@ def _gather(cache: Tensor, table: Tensor, length: int, factor: Tensor | None) ->
     """``[length, kv_heads, head_size]`` float32."""
     positions = torch.arange(length, device=table.device)
     block, slot = table[positions // cache.shape[1]].long(), positions % cache.shape[1]
-    stored = cache.view(torch.uint8)[block, slot].view(cache.dtype).float()
+    stored = cache[block, slot].float()
     if factor is None:
         return stored
     factor = factor.float()

@@ -82,10 +82,7 @@ def _load_tile(
     factor = 1.0
     if PER_TOKEN:
         one = scales + block * c_block + slot * c_slot + head * c_head
-        if MASKED:
-            factor = tl.load(one, mask=inside, other=0.0)
-        else:
-            factor = tl.load(one)
+        factor = tl.load(one, mask=inside, other=0.0) if MASKED else tl.load(one)
     return tile, factor
 
 
@@ -176,7 +173,11 @@ def attend(
     if (tile * BLOCK_M >= count * GROUP) | (low >= high):
         return
     flat = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    token, q_head, d = flat // GROUP, head * GROUP + flat % GROUP, tl.arange(0, HEAD_PAD)
+    token, q_head, d = (
+        flat // GROUP,
+        head * GROUP + flat % GROUP,
+        tl.arange(0, HEAD_PAD),
+    )
     row, used = (first + token).to(tl.int64), token < count
     filled = used[:, None] & (d < HEAD)[None, :]
     q_at = (row * q_t + q_head * q_h)[:, None] + d[None, :]
@@ -196,8 +197,9 @@ def attend(
         top, total, acc = _sweep(
             q, node, limit, prefix, num_nodes, edge if MASKED else low,
             high if MASKED else edge, length, head, top, total, acc, scale,
-            keys, values, table + request * t_r, masks + request * m_r, k_scale, v_scale,
-            k_b, k_s, k_h, v_b, v_s, v_h, m_i, ks_b, ks_s, ks_h, vs_b, vs_s, vs_h,
+            keys, values, table + request * t_r, masks + request * m_r,
+            k_scale, v_scale, k_b, k_s, k_h, v_b, v_s, v_h, m_i, ks_b, ks_s, ks_h,
+            vs_b, vs_s, vs_h,
             BLOCK_N, BLOCK_SIZE, HEAD, HEAD_PAD, PER_TOKEN, UPCAST, MASKED,
         )  # fmt: skip
     if PER_HEAD:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vllm_specplugin.vllm.tree_attention import kernels
 
-__all__ = ["Launch", "choose_launch", "tree_attention", "why_unsupported"]
+__all__ = ["Device", "Launch", "choose_launch", "tree_attention", "why_unsupported"]
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -68,7 +68,19 @@ def why_unsupported(
     return None
 
 
+class Device(NamedTuple):
+    """What the choice of a launch depends on."""
+
+    processors: int
+    """Multiprocessors."""
+    major: int = 9
+    """Of the compute capability."""
+    large_memory: bool = True
+    """Whether a block may use more than 100 KiB of shared memory."""
+
+
 def choose_launch(
+    device: Device,
     *,
     requests: int,
     max_rows: int,
@@ -77,12 +89,15 @@ def choose_launch(
     head_size: int,
     dtype: torch.dtype,
     max_seq_len: int,
-    processors: int,
-    large_memory: bool = True,
 ) -> Launch:
     """Tiles and shares from shapes alone.
 
+    Tiles are the largest whose registers hold what they need (see
+    ``tests/vllm/test_kernels_compile.py``). float32 has no matrix unit that keeps
+    its precision, hence small tiles.
+
     Args:
+        device: that runs it.
         requests: in the batch, padding included.
         max_rows: most rows of one request.
         group: query heads per key head.
@@ -90,16 +105,14 @@ def choose_launch(
         head_size: elements of a head.
         dtype: of the query.
         max_seq_len: a bound of the lengths; the model's within a CUDA graph.
-        processors: multiprocessors of the device.
-        large_memory: whether a block may use more than 100 KiB of shared memory.
     """
     wide, single = head_size > 128, dtype == torch.float32
     block_m = max(16, triton.next_power_of_2(max_rows * group))
-    block_m = min(block_m, 64 if wide or single else 128)
-    block_n = (16 if wide else 32) if single else (32 if wide else 64)
+    block_m = min(block_m, 16 if single else 64 if wide else 128)
+    block_n = 16 if single else 32 if wide or device.major < 9 else 64
     tiles = triton.cdiv(max_rows * group, block_m)
     splits = min(
-        _WAVES * processors // max(1, requests * tiles * kv_heads),
+        _WAVES * device.processors // max(1, requests * tiles * kv_heads),
         triton.cdiv(max_seq_len, 2 * block_n),
         _MOST_SPLITS,
     )
@@ -108,8 +121,8 @@ def choose_launch(
         block_n=block_n,
         # a power of two, so that few variants are compiled
         splits=1 << max(0, splits.bit_length() - 1),
-        warps=8 if block_m == 128 else 4,
-        stages=3 if large_memory and not single else 2,
+        warps=8 if block_m == 128 or (wide and block_m == 64) else 4,
+        stages=3 if device.large_memory and not single else 2,
     )
 
 
@@ -187,8 +200,8 @@ def _launch_for(
     block_table: Tensor,
 ) -> Launch:
     kv_heads = key_cache.shape[2]
-    processors, large_memory = _device(query.device)
     return choose_launch(
+        _device(query.device),
         requests=requests,
         max_rows=max_rows,
         group=query.shape[1] // kv_heads,
@@ -196,8 +209,6 @@ def _launch_for(
         head_size=query.shape[2],
         dtype=query.dtype,
         max_seq_len=max_seq_len or block_table.shape[1] * key_cache.shape[1],
-        processors=processors,
-        large_memory=large_memory,
     )
 
 
@@ -291,11 +302,11 @@ def _interpreted() -> bool:
 
 
 @lru_cache
-def _device(device: torch.device) -> tuple[int, bool]:
-    """Multiprocessors, and whether a block may use much shared memory."""
+def _device(device: torch.device) -> Device:
     if device.type != "cuda":
-        return 2, True
+        return Device(processors=2)
     properties: Any = torch.cuda.get_device_properties(device)
-    # 8.6, 8.9 and 12.x have 100 KiB for a block; 8.0, 9.0 and 10.0 over 160.
-    large = (properties.major, properties.minor) in {(8, 0), (9, 0), (10, 0), (10, 3)}
-    return properties.multi_processor_count, large
+    version = properties.major, properties.minor
+    # 8.6, 8.9 and 12.x have 100 KiB for a block; these have over 160.
+    large = version in {(8, 0), (8, 7), (9, 0), (10, 0), (10, 3)}
+    return Device(properties.multi_processor_count, properties.major, large)
