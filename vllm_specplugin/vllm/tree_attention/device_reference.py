@@ -54,7 +54,8 @@ def tree_attention(
         )
         q = query[end - count : end].float()
         if q_scale is not None:
-            q = q * q_scale.float().repeat_interleave(group)[:, None]
+            per_head = q_scale.float().expand(key_cache.shape[2])
+            q = q * per_head.repeat_interleave(group)[:, None]
         logits = torch.einsum("thd,shd->hts", q, keys) * scale
         weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
         attended = torch.einsum("hts,shd->thd", weights, values)

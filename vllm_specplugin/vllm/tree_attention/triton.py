@@ -166,11 +166,11 @@ def tree_attention(
         launch: instead of :func:`choose_launch`.
     """
     assert max_rows is not None or not all_rows, "all_rows needs max_rows"
-    assert key_cache.stride(3) == value_cache.stride(3) == query.stride(2) == 1
-    assert out.stride(2) == ancestors.stride(2) == 1
     most = ancestors.shape[1] if max_rows is None else max_rows
     if not len(seq_lens) or not most:
         return out
+    assert key_cache.stride(3) == value_cache.stride(3) == query.stride(2) == 1
+    assert out.stride(2) == ancestors.stride(2) == 1
     launch = launch or _launch_for(
         query, key_cache, len(seq_lens), most, max_seq_len, block_table
     )
