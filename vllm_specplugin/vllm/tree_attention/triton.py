@@ -25,7 +25,14 @@ from torch import Tensor
 
 from vllm_specplugin.vllm.tree_attention import kernels
 
-__all__ = ["Device", "Launch", "choose_launch", "tree_attention", "why_unsupported"]
+__all__ = [
+    "Device",
+    "Launch",
+    "choose_launch",
+    "interpreted",
+    "tree_attention",
+    "why_unsupported",
+]
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -254,7 +261,7 @@ def _attend(
         PER_HEAD=k_scale is not None and k_scale.dim() < 3,
         PER_TOKEN=k_scale is not None and k_scale.dim() == 3,
         Q_SCALED=q_scale is not None,
-        UPCAST=_interpreted(),
+        UPCAST=interpreted(),
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
@@ -296,7 +303,7 @@ def _scale_strides(scale: Tensor | None) -> tuple[int, ...]:
     return scale.stride() if scale.dim() == 3 else (0, 0, scale.stride(0))
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on a CPU."""
     return not isinstance(kernels.attend, triton.JITFunction)
 
