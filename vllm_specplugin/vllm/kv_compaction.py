@@ -75,7 +75,7 @@ def device_rows(runner: Any) -> list[KVRows] | None:
     config = runner.kv_cache_config
     made_for, made = getattr(runner, _ROWS_ATTRIBUTE, (None, []))
     if made_for is config:
-        return made  # type: ignore[no-any-return]
+        return made
     context = runner.compilation_config.static_forward_context
     drafting = draft_layers(runner)
     groups = [
