@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent / "interpreted"
+TRITON_FOR_VLLM = FOLDER.parents[1] / "support" / "triton_cpu"
+"""Where it is there, vLLM's own kernels run in the interpreter too."""
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("test_*.py")), ids=lambda p: p.stem)
@@ -18,7 +20,12 @@ def test_kernels_in_the_interpreter(path: Path) -> None:
     found = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", path],
         cwd=FOLDER.parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(TRITON_FOR_VLLM),
+        },
         capture_output=True,
         text=True,
         check=False,

@@ -152,6 +152,23 @@ def _sweep(
 
 
 @triton.jit
+def _leave(
+    out, part_out, part_top, part_sum, row, q_head, d, o_t, o_h, top, total, acc,
+    filled, used, split, heads, HEAD: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Stores the attention, or what ``combine`` needs of one share."""
+    if SPLITS == 1:
+        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        o_at = (row * o_t + q_head * o_h)[:, None] + d[None, :]
+        tl.store(out + o_at, acc.to(out.dtype.element_ty), mask=filled)
+    else:
+        part = (row * heads + q_head) * SPLITS + split
+        tl.store(part_out + (part * HEAD)[:, None] + d[None, :], acc, mask=filled)
+        tl.store(part_top + part, top, mask=used)
+        tl.store(part_sum + part, total, mask=used)
+
+
+@triton.jit
 def attend(
     query, keys, values, table, lengths, starts, nodes, rows, masks,
     k_scale, v_scale, q_scale, out, part_out, part_top, part_sum, scale,
@@ -204,15 +221,10 @@ def attend(
         )  # fmt: skip
     if PER_HEAD:
         acc *= tl.load(v_scale + head * vs_h)
-    if SPLITS == 1:
-        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        o_at = (row * o_t + q_head * o_h)[:, None] + d[None, :]
-        tl.store(out + o_at, acc.to(out.dtype.element_ty), mask=filled)
-    else:
-        part = (row * (tl.num_programs(1) * GROUP) + q_head) * SPLITS + split
-        tl.store(part_out + (part * HEAD)[:, None] + d[None, :], acc, mask=filled)
-        tl.store(part_top + part, top, mask=used)
-        tl.store(part_sum + part, total, mask=used)
+    _leave(
+        out, part_out, part_top, part_sum, row, q_head, d, o_t, o_h, top, total, acc,
+        filled, used, split, tl.num_programs(1) * GROUP, HEAD, SPLITS,
+    )  # fmt: skip
 
 
 @triton.jit

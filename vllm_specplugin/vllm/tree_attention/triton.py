@@ -142,7 +142,7 @@ def tree_attention(
     query_start_loc: Tensor,  # [requests + 1] int32
     num_nodes: Tensor,  # [requests] int32
     ancestors: Tensor,  # [requests, max_nodes, words] int64
-    scale: float,
+    scale: float,  # factor on the logits
     out: Tensor,  # [tokens, heads, head_size], written at the rows computed
     k_scale: Tensor | None = None,  # [1], [kv_heads] or [blocks, block_size, kv_heads]
     v_scale: Tensor | None = None,  # the same
@@ -159,11 +159,10 @@ def tree_attention(
     Node ``i`` of request ``r`` is row ``query_start_loc[r + 1] - num_nodes[r] + i``
     of the query and position ``seq_lens[r] - num_nodes[r] + i`` of the sequence. It
     sees all positions before the nodes, and node ``j`` where bit ``j % 64`` of
-    ``ancestors[r, i, j // 64]`` is set; its own bit is among them.
+    ``ancestors[r, i, j // 64]`` is set; its own bit is among them. Stored keys are
+    multiplied by ``k_scale``, values and queries alike.
 
     Args:
-        scale: factor on the logits.
-        k_scale: stored keys are multiplied by it, ``v_scale`` and ``q_scale`` alike.
         num_rows: how many rows at the end of a request are computed, if they are
             fewer than its nodes: row ``i`` of them has the mask ``ancestors[r, i]``.
             A draft model runs its trees so, level by level.
@@ -183,18 +182,12 @@ def tree_attention(
     )
     rows = num_nodes if num_rows is None else num_rows
     where = (seq_lens, query_start_loc, num_nodes, rows)
-    parts = _parts(out, launch.splits)
-    _attend(
-        (query, key_cache, value_cache, block_table, *where, ancestors),
-        (k_scale, v_scale, q_scale),
-        (out, *parts),
-        scale,
-        most,
-        all_rows,
-        launch,
-    )
+    outputs = (out, *_parts(out, launch.splits))
+    inputs = (query, key_cache, value_cache, block_table, *where, ancestors)
+    factors = (k_scale, v_scale, q_scale)
+    _attend(inputs, factors, outputs, scale, most, all_rows, launch)
     if launch.splits > 1:
-        _combine((*where, out, *parts), most, all_rows, launch)
+        _combine((*where, *outputs), most, all_rows, launch)
     return out
 
 
