@@ -177,6 +177,42 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
         "class_path",
         "is_mamba",
     ),
+    # the Triton kernel instead of the backend's, and which CUDA graphs may hold it
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.get_cudagraph_support": (
+        "vllm_config",
+        "kv_cache_spec",
+    ),
+    "vllm.v1.attention.backend:AttentionMetadataBuilder"
+    ".build_for_cudagraph_capture": ("self", "common_attn_metadata"),
+    "vllm.v1.attention.backend:AttentionImpl.fused_output_quant_supported": (
+        "self",
+        "quant_key",
+    ),
+    "vllm.v1.attention.backend:AttentionCGSupport.UNIFORM_BATCH": None,
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadata": (
+        "num_actual_tokens",
+        "max_query_len",
+        "query_start_loc",
+        "max_seq_len",
+        "seq_lens",
+        "block_table",
+        "slot_mapping",
+    ),
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadata": (
+        "num_actual_tokens",
+        "max_query_len",
+        "query_start_loc",
+        "max_seq_len",
+        "seq_lens",
+        "block_table",
+        "slot_mapping",
+        "seq_threshold_3D",
+        "num_par_softmax_segments",
+        "softmax_segm_output",
+        "softmax_segm_max",
+        "softmax_segm_expsum",
+        "causal",
+    ),
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward": (
         "self",
         "layer",
