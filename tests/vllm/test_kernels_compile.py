@@ -59,7 +59,7 @@ POINTERS = {
     **dict.fromkeys(("part_out", "part_top", "part_sum"), "*fp32"),
     **dict.fromkeys(("k_scale", "v_scale", "q_scale"), "*fp32"),
 }
-UNALIGNED = ("tiles", "most", "m_i")
+UNALIGNED = ("tiles", "splits", "most", "m_i")
 
 
 def compiled(
@@ -108,7 +108,7 @@ def _stack(binary: bytes) -> int:
         (90, torch.bfloat16, torch.bfloat16, 128, 8, {}),
         (90, torch.bfloat16, torch.bfloat16, 128, 65, {"ALL_ROWS": False}),
         (90, torch.bfloat16, torch.bfloat16, 80, 17, {}),
-        (90, torch.float16, torch.float16, 64, 17, {"SPLITS": 1}),
+        (90, torch.float16, torch.float16, 64, 17, {"SPLIT": False}),
         (90, torch.bfloat16, torch.bfloat16, 256, 17, {}),
         (90, torch.float32, torch.float32, 128, 17, {}),
         (90, torch.float32, torch.float32, 256, 17, {}),
@@ -149,7 +149,7 @@ def test_attention(
         "HEAD_PAD": triton.next_power_of_2(head_size),
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
-        "SPLITS": launch.splits,
+        "SPLIT": launch.splits > 1,
         "ALL_ROWS": True,
         "COMPUTE": COMPUTE[query],
         "PER_HEAD": False,
@@ -179,8 +179,7 @@ def test_merging_of_shares() -> None:
         "HEAD": 80,
         "HEAD_PAD": 128,
         "BLOCK_N": 64,
-        "SPLITS": 32,
-        "SPLITS_PAD": 32,
+        "MOST_SPLITS": 32,
         "ALL_ROWS": True,
     }
     _, stack = compiled(kernels.combine, 90, constants, {"out": "*bf16"}, num_warps=4)

@@ -182,8 +182,10 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
         "vllm_config",
         "kv_cache_spec",
     ),
-    "vllm.v1.attention.backend:AttentionMetadataBuilder"
-    ".build_for_cudagraph_capture": ("self", "common_attn_metadata"),
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.build_for_cudagraph_capture": (
+        "self",
+        "common_attn_metadata",
+    ),
     "vllm.v1.attention.backend:AttentionImpl.fused_output_quant_supported": (
         "self",
         "quant_key",

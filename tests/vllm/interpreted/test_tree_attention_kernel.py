@@ -261,8 +261,8 @@ def test_a_wrong_mask_is_noticed(
 
 
 @triton.jit
-def overlapping(split, length, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    size = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
+def overlapping(split, length, splits, BLOCK_N: tl.constexpr):
+    size = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
     low = split * size
     return low, tl.minimum(low + size + 1, length)
 

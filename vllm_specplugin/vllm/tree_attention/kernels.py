@@ -6,7 +6,7 @@ context. A tile holds the query heads of that key head for several tokens::
     flat = tile * BLOCK_M + m        token = flat // GROUP    head = flat % GROUP
 
 so that small steps fill the matrix unit. The context ``[0, length)`` is cut into
-``SPLITS`` shares of whole tiles. Within a share the tiles in front of ``start``
+``splits`` shares of whole tiles. Within a share the tiles in front of ``start``
 are visible to every row and need no mask; the rest does. A row sees position
 ``c`` if::
 
@@ -50,9 +50,9 @@ def _rows_of(request, starts, lengths, nodes, rows, ALL_ROWS: tl.constexpr):
 
 
 @triton.jit
-def _share(split, length, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+def _share(split, length, splits, BLOCK_N: tl.constexpr):
     """Bounds of one share of the context; empty behind its end."""
-    size = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
+    size = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
     low = split * size
     return low, tl.minimum(low + size, length)
 
@@ -154,39 +154,40 @@ def _sweep(
 @triton.jit
 def _leave(
     out, part_out, part_top, part_sum, row, q_head, d, o_t, o_h, top, total, acc,
-    filled, used, split, heads, HEAD: tl.constexpr, SPLITS: tl.constexpr,
+    filled, used, split, splits, heads, HEAD: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Stores the attention, or what ``combine`` needs of one share."""
-    if SPLITS == 1:
-        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        o_at = (row * o_t + q_head * o_h)[:, None] + d[None, :]
-        tl.store(out + o_at, acc.to(out.dtype.element_ty), mask=filled)
-    else:
-        part = (row * heads + q_head) * SPLITS + split
+    if SPLIT:
+        part = (row * heads + q_head) * splits + split
         tl.store(part_out + (part * HEAD)[:, None] + d[None, :], acc, mask=filled)
         tl.store(part_top + part, top, mask=used)
         tl.store(part_sum + part, total, mask=used)
+    else:
+        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        o_at = (row * o_t + q_head * o_h)[:, None] + d[None, :]
+        tl.store(out + o_at, acc.to(out.dtype.element_ty), mask=filled)
 
 
-@triton.jit
+# Numbers that change from step to step are not specialised on: no recompiling.
+@triton.jit(do_not_specialize=["tiles", "splits"])
 def attend(
     query, keys, values, table, lengths, starts, nodes, rows, masks,
     k_scale, v_scale, q_scale, out, part_out, part_top, part_sum, scale,
     q_t, q_h, k_b, k_s, k_h, v_b, v_s, v_h, t_r, m_r, m_i, ks_b, ks_s, ks_h,
-    vs_b, vs_s, vs_h, qs_h, o_t, o_h, tiles,
+    vs_b, vs_s, vs_h, qs_h, o_t, o_h, tiles, splits,
     GROUP: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD: tl.constexpr,
     HEAD_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, ALL_ROWS: tl.constexpr, COMPUTE: tl.constexpr,
+    SPLIT: tl.constexpr, ALL_ROWS: tl.constexpr, COMPUTE: tl.constexpr,
     PER_HEAD: tl.constexpr, PER_TOKEN: tl.constexpr, Q_SCALED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(requests * tiles, kv_heads, SPLITS)``; see the module."""
+    """Grid ``(requests * tiles, kv_heads, splits)``; see the module."""
     request, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     head, split = tl.program_id(1), tl.program_id(2)
     first, count, causal, length, num_nodes, start = _rows_of(
         request, starts, lengths, nodes, rows, ALL_ROWS
     )
-    low, high = _share(split, length, SPLITS, BLOCK_N)
+    low, high = _share(split, length, splits, BLOCK_N)
     if (tile * BLOCK_M >= count * GROUP) | (low >= high):
         return
     flat = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -223,15 +224,15 @@ def attend(
         acc *= tl.load(v_scale + head * vs_h)
     _leave(
         out, part_out, part_top, part_sum, row, q_head, d, o_t, o_h, top, total, acc,
-        filled, used, split, tl.num_programs(1) * GROUP, HEAD, SPLITS,
+        filled, used, split, splits, tl.num_programs(1) * GROUP, HEAD, SPLIT,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most", "splits"])
 def combine(
     lengths, starts, nodes, rows, out, part_out, part_top, part_sum, o_t, o_h, most,
-    HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, ALL_ROWS: tl.constexpr,
+    splits, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+    MOST_SPLITS: tl.constexpr, ALL_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Merges the shares of one row and head. Grid ``(requests * most, heads)``."""
     request, token = tl.program_id(0) // most, tl.program_id(0) % most
@@ -241,11 +242,11 @@ def combine(
     )
     if (token >= count) | (length <= 0):
         return
-    split, d = tl.arange(0, SPLITS_PAD), tl.arange(0, HEAD_PAD)
-    low, high = _share(split, length, SPLITS, BLOCK_N)
-    written = (split < SPLITS) & (low < high)
+    split, d = tl.arange(0, MOST_SPLITS), tl.arange(0, HEAD_PAD)
+    low, high = _share(split, length, splits, BLOCK_N)
+    written = (split < splits) & (low < high)
     row = (first + token).to(tl.int64)
-    part = (row * tl.num_programs(1) + head) * SPLITS + split
+    part = (row * tl.num_programs(1) + head) * splits + split
     top = tl.load(part_top + part, mask=written, other=float("-inf"))
     highest = tl.max(top, 0)
     weight = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest))

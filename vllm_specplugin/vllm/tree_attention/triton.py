@@ -57,7 +57,7 @@ class Launch(NamedTuple):
     block_n: int
     """Positions of a tile."""
     splits: int
-    """Shares of the context."""
+    """Shares of the context, 1 to 32."""
     warps: int
     stages: int
 
@@ -126,7 +126,6 @@ def choose_launch(
     return Launch(
         block_m=block_m,
         block_n=block_n,
-        # a power of two, so that few variants are compiled
         splits=1 << max(0, splits.bit_length() - 1),
         warps=8 if block_m == 128 or (wide and block_m == 64) else 4,
         stages=3 if device.large_memory and not single else 2,
@@ -242,13 +241,14 @@ def _attend(
         _scale_strides(q_scale)[2],
         *outputs[0].stride()[:2],
         tiles,
+        launch.splits,
         GROUP=group,
         BLOCK_SIZE=keys.shape[1],
         HEAD=head_size,
         HEAD_PAD=triton.next_power_of_2(head_size),
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
-        SPLITS=launch.splits,
+        SPLIT=launch.splits > 1,
         ALL_ROWS=all_rows,
         COMPUTE=_COMPUTE[query.dtype],
         PER_HEAD=k_scale is not None and k_scale.dim() < 3,
@@ -269,11 +269,11 @@ def _combine(
         *arguments,
         *out.stride()[:2],
         most,
+        launch.splits,
         HEAD=head_size,
         HEAD_PAD=triton.next_power_of_2(head_size),
         BLOCK_N=launch.block_n,
-        SPLITS=launch.splits,
-        SPLITS_PAD=triton.next_power_of_2(launch.splits),
+        MOST_SPLITS=_MOST_SPLITS,
         ALL_ROWS=all_rows,
         num_warps=4,
     )
