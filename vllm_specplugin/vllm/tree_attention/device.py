@@ -188,7 +188,7 @@ def attend_level(
     triton.tree_attention(
         query.view(shape),
         *key_value_views(impl, kv_cache),
-        metadata.block_table[level.requests],
+        level.block_table,
         level.seq_lens,
         level.query_start_loc,
         level.num_nodes,

@@ -50,8 +50,8 @@ class MaskedTrees(NamedTuple):
 class DeviceLevel(NamedTuple):
     """One level of the trees of several requests, as that kernel takes it."""
 
-    requests: torch.Tensor
-    """``[n]`` row of the block table."""
+    block_table: torch.Tensor
+    """``[n, max_blocks]`` of these requests."""
     seq_lens: torch.Tensor
     query_start_loc: torch.Tensor
     num_nodes: torch.Tensor
@@ -82,14 +82,17 @@ class DraftRows:
         masks[np.repeat(np.arange(len(starts)), counts), place, 0] = rows.nodes
         tails = _bit_lengths(np.bitwise_or.reduce(masks, axis=1)[:, 0])
         arrays = (
-            rows.request[starts].astype(np.int64),
             (rows.context[starts] + tails).astype(np.int32),
             np.array([*starts, len(rows.request)], dtype=np.int32),
             tails,
             counts.astype(np.int32),
             masks.view(np.int64),
         )
-        return DeviceLevel(*(torch.from_numpy(array).to(device) for array in arrays))
+        requests = torch.from_numpy(rows.request[starts].astype(np.int64))
+        return DeviceLevel(
+            self.block_table[requests.to(device)],
+            *(torch.from_numpy(array).to(device) for array in arrays),
+        )
 
 
 def _bit_lengths(bits: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
