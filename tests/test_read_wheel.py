@@ -6,7 +6,7 @@ import zipfile
 
 from .tools.read_wheel import differences
 
-SOURCE = '''
+SOURCE = """
 from vllm.base import imported
 try:
     import fast
@@ -19,7 +19,7 @@ class Data:
     first: int
     second: int = 0
 VALUE: int = 3
-'''
+"""
 
 
 def test_what_changed_is_named(tmp_path):

@@ -52,7 +52,9 @@ def _compare(
     return None
 
 
-def _find(archive: zipfile.ZipFile, module: str, attributes: list[str]) -> ast.AST | None:
+def _find(
+    archive: zipfile.ZipFile, module: str, attributes: list[str]
+) -> ast.AST | None:
     body = _body(archive, module)
     node: ast.AST | None = None
     for depth, name in enumerate(attributes):

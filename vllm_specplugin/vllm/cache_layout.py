@@ -2,7 +2,8 @@
 
 A backend's cache layout is not assumed but observed: known keys and values are
 stored through the backend's own ``do_kv_cache_update`` into a spare block, and
-a reader is used only if it gives them back.
+a reader is used only if it gives them back. The Triton kernel is one: it reads
+caches as FlashAttention's and Triton's backends see them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vllm_specplugin.vllm.tree_attention import device
 from vllm_specplugin.vllm.tree_attention.backend import TreeImpl
 from vllm_specplugin.vllm.tree_attention.reference import (
     BlockReader,
@@ -19,7 +21,7 @@ from vllm_specplugin.vllm.tree_attention.reference import (
     read_transposed_blocks,
 )
 
-__all__ = ["find_reader", "prepare_layers", "why_no_trees"]
+__all__ = ["find_reader", "prepare_layers", "serves_kernel", "why_no_trees"]
 
 _DIGIT = 128  # integers up to 255 are exact in bfloat16
 
@@ -36,16 +38,21 @@ def prepare_layers(layers: Mapping[str, Any]) -> str | None:
     """
     if not layers:
         return "it has no attention layers"
-    readers: dict[Any, BlockReader | None] = {}
+    found: dict[Any, tuple[bool, BlockReader | None]] = {}
     for name, layer in layers.items():
         if reason := why_no_trees(layer):
             return f"{reason} ({name})"
-        kind = (layer.kv_cache.shape[1:], layer.kv_cache.dtype, type(layer.impl))
-        if kind not in readers:
-            readers[kind] = find_reader(layer)
-        if readers[kind] is None:
+        cache = layer.kv_cache
+        kind = (cache.shape[1:], cache.stride()[1:], cache.dtype, type(layer.impl))
+        if kind not in found:
+            kernel = serves_kernel(layer)
+            found[kind] = kernel, None if _quantised(layer) else find_reader(layer)
+        kernel, reader = found[kind]
+        if not kernel and _quantised(layer):
+            return f"the KV cache is quantised ({name})"
+        if not kernel and reader is None:
             return f"the KV cache layout of {name} is not understood"
-        layer.impl.read_blocks = readers[kind]
+        layer.impl.device_kernel, layer.impl.read_blocks = kernel, reader
     return None
 
 
@@ -64,11 +71,42 @@ def why_no_trees(layer: Any) -> str | None:
         return "it uses attention sinks"
     if layer.kv_sharing_target_layer_name is not None:
         return "its layers share KV caches"
-    if not layer.kv_cache.dtype.is_floating_point or layer.kv_cache.element_size() < 2:
+    if _quantised(layer) and not device.reads_type(layer.impl.kv_cache_dtype):
         return "the KV cache is quantised"
     if layer.kv_cache.dim() != 4:
         return f"the KV cache has shape {tuple(layer.kv_cache.shape)}"
     return None
+
+
+def _quantised(layer: Any) -> bool:
+    cache: torch.Tensor = layer.kv_cache
+    return not cache.dtype.is_floating_point or cache.element_size() < 2
+
+
+def serves_kernel(layer: Any) -> bool:
+    """Whether the Triton kernel gives back what the layer's backend stores."""
+    cache = layer.kv_cache
+    if not device.usable(layer.impl, cache):
+        return False
+    _, heads, block_size, width = cache.shape
+    if width != 2 * layer.impl.head_size:
+        return False
+    shape = (block_size, heads, layer.impl.head_size)
+    generator = torch.Generator().manual_seed(0)
+    # These are exact in every type; with scales they are nearly.
+    sent = torch.randint(-8, 9, (2, *shape), generator=generator).float()
+    where = sent.to(cache.device)
+    stored = _store(layer, where[0], where[1])
+    views = device.key_value_views(layer.impl, stored)
+    for view, expected, scale in zip(
+        views, sent, device.scales(layer.impl, layer, where)
+    ):
+        found = view[0].float()
+        if scale is not None:
+            found *= scale[:, None]
+        if not torch.allclose(found.cpu(), expected, rtol=0.07, atol=0.02):
+            return False
+    return True
 
 
 def find_reader(layer: Any) -> BlockReader | None:
@@ -92,10 +130,13 @@ def _store(layer: Any, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """One block holding the given ``[block_size, kv_heads, head_size]``."""
     cache = layer.kv_cache
     block = torch.zeros((1, *cache.shape[1:]), dtype=cache.dtype, device=cache.device)
+    dtype = (
+        getattr(layer, "dtype", torch.bfloat16) if _quantised(layer) else cache.dtype
+    )
     layer.impl.do_kv_cache_update(
         layer,
-        key.to(cache),
-        value.to(cache),
+        key.to(cache.device, dtype),
+        value.to(cache.device, dtype),
         block,
         torch.arange(len(key), device=cache.device),
     )

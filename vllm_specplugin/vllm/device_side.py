@@ -22,7 +22,7 @@ from vllm_specplugin.device_interfaces import (
 )
 from vllm_specplugin.errors import UnsupportedError, complain
 from vllm_specplugin.vllm.device_trees import walk
-from vllm_specplugin.vllm.kv_compaction import compact_paths
+from vllm_specplugin.vllm.kv_paths import compact_paths
 from vllm_specplugin.vllm.sampling_v2 import Rows
 from vllm_specplugin.vllm.state import SpecState
 from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
@@ -112,6 +112,7 @@ class DeviceSide:
         del scheduler_output, started
         self.in_step = True
         self._nodes = self.plan = None
+        self._runner.device_trees.clear()
         counts = batch.num_draft_tokens_per_req
         if counts is None or not counts.any():
             return

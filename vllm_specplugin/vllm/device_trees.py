@@ -135,6 +135,7 @@ class DeviceTrees:
         seen = reach(self.parents[:r])
         self.depths[:r] = seen.sum(-1)
         self.ancestors[:r] = pack(seen)
+        self.num_nodes.zero_()  # also of what graphs pad a batch with
         self.num_nodes[:r] = num_nodes
 
     def clear(self) -> None:

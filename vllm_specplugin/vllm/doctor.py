@@ -96,7 +96,8 @@ def _runner() -> Iterator[Finding]:
 
     second = second_runner_offered()
     yield Finding(
-        "runner", f"vLLM's {'second' if second else 'first'} model runner, as vLLM picks"
+        "runner",
+        f"vLLM's {'second' if second else 'first'} model runner, as vLLM picks",
     )
 
 

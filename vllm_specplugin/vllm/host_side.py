@@ -20,7 +20,7 @@ from vllm_specplugin.draft_request import DraftRequest
 from vllm_specplugin.interfaces import ScoreBatch, ScoreResult
 from vllm_specplugin.layout import StepLayout, scheduled_tree
 from vllm_specplugin.vllm.features import likeliest, show
-from vllm_specplugin.vllm.kv_compaction import compact_paths
+from vllm_specplugin.vllm.kv_paths import compact_paths
 from vllm_specplugin.vllm.sampling_v2 import Rows
 from vllm_specplugin.vllm.speculator_v2 import NativeDraftsV2
 from vllm_specplugin.vllm.state import SpecState, Step
@@ -86,6 +86,7 @@ class HostSide:
             root_rows=[end - 1 - len(tree) for end, tree in zip(ends, trees)],
             root_positions=[n - 1 - len(tree) for n, tree in zip(lengths, trees)],
         )
+        self._runner.device_trees.clear()
         plan = self._plan(layout, batch) if layout.branching else None
         self._spec.step = Step(layout, plan, batch.num_tokens, started)
 

@@ -2,24 +2,30 @@
 
 Node ``i`` of a tree was computed in the slot of flat row ``root + 1 + i``; once
 accepted at depth ``d`` it belongs into the slot of row ``root + d``. Its key
-already carries the rotary position of depth ``d``. Each layer put its nodes'
-keys and values aside, and they are stored again through the backend's own
-``do_kv_cache_update``, which knows its cache layout.
+already carries the rotary position of depth ``d``. Where the Triton kernel reads
+the caches, rows are moved in them, all layers at once (:mod:`.kv_rows`). Elsewhere
+each layer put its nodes' keys and values aside, and they are stored again through
+the backend's own ``do_kv_cache_update``, which knows its cache layout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from vllm_specplugin.layout import Move
-from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
+from vllm_specplugin.vllm.draft_lm import draft_layers
 from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan
 
-__all__ = ["compact", "compact_paths"]
+if TYPE_CHECKING:
+    from vllm_specplugin.vllm.kv_rows import KVRows
+
+__all__ = ["compact", "device_rows", "move_rows"]
+
+_ROWS_ATTRIBUTE = "specplugin_kv_rows"
 
 
 def compact(runner: Any, plan: TreeAttentionPlan, moves: Sequence[Move]) -> int:
@@ -35,6 +41,16 @@ def compact(runner: Any, plan: TreeAttentionPlan, moves: Sequence[Move]) -> int:
     """
     if not moves:
         return 0
+    if (groups := device_rows(runner)) is not None:
+        most = max(len(move.source) for move in moves)
+        pairs = np.full((2, len(moves), most), -1, dtype=np.int64)
+        for i, move in enumerate(moves):
+            pairs[0, i, : len(move.source)] = move.source
+            pairs[1, i, : len(move.target)] = move.target
+        tables = runner.input_batch.block_table
+        slots = [tables[gid].slot_mapping.gpu for gid in range(len(groups))]
+        move_rows(groups, slots, *torch.from_numpy(pairs).to(plan.device))
+        return int((pairs[0] >= 0).sum())
     source = np.concatenate([move.source for move in moves])
     target = np.concatenate([move.target for move in moves])
     kept = torch.from_numpy(np.searchsorted(plan.node_rows, source)).to(plan.device)
@@ -53,43 +69,44 @@ def compact(runner: Any, plan: TreeAttentionPlan, moves: Sequence[Move]) -> int:
     return len(source)
 
 
-def compact_paths(
-    runner: Any, plan: DeviceTreePlan, slots: torch.Tensor, path: torch.Tensor
-) -> torch.Tensor:
-    """The same for trees kept on the device.
+def device_rows(runner: Any) -> list[KVRows] | None:
+    """What moves the rows of each KV cache group, or ``None`` where the Triton
+    kernel does not read the caches. Layers of a drafter keep their own order."""
+    config = runner.kv_cache_config
+    made_for, made = getattr(runner, _ROWS_ATTRIBUTE, (None, []))
+    if made_for is config:
+        return made
+    context = runner.compilation_config.static_forward_context
+    drafting = draft_layers(runner)
+    groups = [
+        [context[name] for name in group.layer_names if name not in drafting]
+        for group in config.kv_cache_groups
+    ]
+    if not all(layer.impl.device_kernel for layers in groups for layer in layers):
+        return None
+    from vllm_specplugin.vllm.kv_rows import KVRows
+
+    made = [KVRows([layer.kv_cache for layer in layers]) for layers in groups]
+    setattr(runner, _ROWS_ATTRIBUTE, (config, made))
+    return made
+
+
+def move_rows(
+    groups: Sequence[KVRows],
+    slots: Sequence[torch.Tensor],
+    source: torch.Tensor,
+    target: torch.Tensor,
+) -> None:
+    """Moves rows in all layers, without waiting for the device.
 
     Args:
-        runner: vLLM's second runner, for its layers.
-        plan: the step's plan, with the keys and values put aside.
-        slots: ``[groups, rows]`` cache slot of each flat row.
-        path: ``[requests, 1 + max_nodes]`` nodes of the accepted path by depth,
-            counted from 1; 0 for none.
-
-    Returns:
-        How many rows of one layer were stored, on the device.
+        groups: from :func:`device_rows`.
+        slots: ``[rows]`` by group: cache slot of each flat row of the step.
+        source: ``[requests, n]`` flat rows, -1 for none; of one request in the
+            order of depth.
+        target: the flat rows whose slots they belong to.
     """
-    count, nodes = len(path), path[:, 1:]
-    depths = torch.arange(1, path.shape[1], device=path.device)
-    misplaced = (nodes > 0) & (nodes != depths)
-    first = torch.arange(count, device=path.device)[:, None] * nodes.shape[1]
-    source = first + (nodes - 1).clamp(min=0)
-    target = (plan.root_rows[:, None] + depths).clamp(max=slots.shape[1] - 1)
-    if path.device.type == "cpu":  # elsewhere counting them would wait for the device
-        source, target = source[misplaced], target[misplaced]
-    context = runner.compilation_config.static_forward_context
-    for gid, group in enumerate(runner.kv_cache_config.kv_cache_groups):
-        places = slots[gid][target]
-        if path.device.type != "cpu":
-            places = places.masked_fill(~misplaced, -1)  # stores nothing
-        for name in group.layer_names:
-            if name not in plan.kept:
-                continue
-            layer, (key, value) = context[name], plan.kept[name]
-            layer.impl.do_kv_cache_update(
-                layer,
-                key[source.flatten()],
-                value[source.flatten()],
-                layer.kv_cache,
-                places.flatten(),
-            )
-    return misplaced.sum()
+    none = (source < 0) | (target < 0)
+    for rows, slot in zip(groups, slots):
+        where = (slot[part.clamp(min=0)].long() for part in (source, target))
+        rows.move(*(part.masked_fill(none, -1) for part in where))

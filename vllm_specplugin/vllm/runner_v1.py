@@ -122,6 +122,7 @@ class TreeRunnerV1:
                 ),
                 rows,
                 device,
+                requests=len(layout.trees),
             )
         self.spec.step = Step(layout, plan, int(num_scheduled_tokens.sum()), started)
         return prepared

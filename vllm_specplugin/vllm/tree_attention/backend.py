@@ -1,8 +1,14 @@
 """vLLM's attention backends with tree rows on top.
 
-Each subclass runs its parent untouched and, in a step whose metadata carries a
-:class:`TreeAttentionPlan`, computes the tree's rows again and puts the nodes'
-keys and values aside for compaction.
+A step whose metadata carries no plan runs the parent untouched. One that does:
+
+- where the Triton kernel reads the cache (``device_kernel``) and no request has
+  more rows than a tree, that kernel computes all rows; with longer requests, chunks
+  of prompts, the parent does and the kernel computes the nodes again;
+- elsewhere the parent runs, the tree's rows are computed again from arrays on the
+  host, and the nodes' keys and values are put aside for compaction.
+
+CUDA graphs that hold attention: see :mod:`.device`.
 """
 
 from __future__ import annotations
@@ -15,12 +21,9 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from vllm_specplugin.vllm.tree_attention import cpu, reference
-from vllm_specplugin.vllm.tree_attention.plan import (
-    DraftRows,
-    TreeAttentionPlan,
-    TreeRows,
-)
+from vllm_specplugin.errors import UnsupportedError, complain
+from vllm_specplugin.vllm.tree_attention import cpu, device, reference
+from vllm_specplugin.vllm.tree_attention.plan import DraftRows, TreeRows
 
 __all__ = ["PLAN_ATTRIBUTE", "TreeImpl", "register_tree_backends"]
 
@@ -38,6 +41,12 @@ class TreeImpl:
     read_blocks: reference.BlockReader | None = None
     """How this layer's cache is read; set once the cache exists, by
     ``cache_layout.prepare_layers``."""
+    device_kernel = False
+    """Whether the Triton kernel reads this layer's cache; set likewise."""
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        # Tree rows are written as they are.
+        return False
 
     def forward(
         self,
@@ -51,12 +60,22 @@ class TreeImpl:
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        plan = getattr(attn_metadata, PLAN_ATTRIBUTE, None)
+        where = (layer, query, kv_cache, attn_metadata, output)
         if isinstance(attn_metadata, DraftRows):
+            if self.device_kernel:
+                device.attend_level(self, *where)
+                return output
             attended = self.attend_tree(
                 query, kv_cache, attn_metadata.block_table, attn_metadata.rows
             )
             output.view(attended.shape).copy_(attended)
             return output
+        if plan is not None and self._reads(plan):
+            most = 1 + plan.trees.ancestors.shape[1]
+            if attn_metadata.max_query_len <= most:
+                device.attend(self, *where, plan.trees, all_rows=True)
+                return output
         result: torch.Tensor = super().forward(  # type: ignore[misc]
             layer,
             query,
@@ -68,15 +87,31 @@ class TreeImpl:
             output_scale,
             output_block_scale,
         )
-        plan: TreeAttentionPlan | None = getattr(attn_metadata, PLAN_ATTRIBUTE, None)
-        if plan is not None:
-            plan.keep(layer.layer_name, key, value)
-            index = plan.query_index
-            rows = self.attend_tree(
-                query[index], kv_cache, attn_metadata.block_table, plan.rows
-            )
-            output.view(output.shape[0], *rows.shape[1:])[index] = rows.to(output.dtype)
+        if plan is None:
+            return result
+        if self.device_kernel:
+            device.attend(self, *where, plan.trees, all_rows=False)
+            return result
+        plan.keep(layer.layer_name, key, value)
+        index = plan.query_index
+        rows = self.attend_tree(
+            query[index], kv_cache, attn_metadata.block_table, plan.rows
+        )
+        output.view(output.shape[0], *rows.shape[1:])[index] = rows.to(output.dtype)
         return result
+
+    def _reads(self, plan: Any) -> bool:
+        """Whether the Triton kernel reads this layer's cache."""
+        if not self.device_kernel and isinstance(plan, device.CapturedPlan):
+            raise UnsupportedError(
+                complain(
+                    "a CUDA graph that holds attention of layers whose trees are not "
+                    "computed by the Triton kernel",
+                    "piecewise graphs for such layers",
+                    "set compilation_config.cudagraph_mode to PIECEWISE",
+                )
+            )
+        return self.device_kernel
 
     def attend_tree(
         self,
@@ -117,8 +152,34 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _no_cuda_graphs(*_: Any, **__: Any) -> AttentionCGSupport:
-    return AttentionCGSupport.NEVER
+class TreeBuilder:
+    """Mixed into a builder of attention metadata."""
+
+    _cudagraph_support = AttentionCGSupport.NEVER
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: Any, kv_cache_spec: Any
+    ) -> AttentionCGSupport:
+        parent = super().get_cudagraph_support(  # type: ignore[misc]
+            vllm_config, kv_cache_spec
+        )
+        support: AttentionCGSupport = device.graph_support(
+            parent, AttentionCGSupport.UNIFORM_BATCH, AttentionCGSupport.NEVER
+        )
+        return support
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+        metadata = super().build_for_cudagraph_capture(  # type: ignore[misc]
+            common_attn_metadata
+        )
+        plan = device.captured_plan(
+            self.layer_names,  # type: ignore[attr-defined]
+            common_attn_metadata.max_query_len,
+        )
+        if plan is not None:
+            setattr(metadata, PLAN_ATTRIBUTE, plan)
+        return metadata
 
 
 @lru_cache
@@ -130,15 +191,10 @@ def _tree_backend(name: str) -> type:
         (TreeImpl, parent.get_impl_cls()),
         {"__module__": __name__},
     )
-    # Tree rows are computed outside CUDA graphs that contain attention.
     builder = type(
         f"Tree{parent.get_builder_cls().__name__}",
-        (parent.get_builder_cls(),),
-        {
-            "__module__": __name__,
-            "_cudagraph_support": AttentionCGSupport.NEVER,
-            "get_cudagraph_support": classmethod(_no_cuda_graphs),
-        },
+        (TreeBuilder, parent.get_builder_cls()),
+        {"__module__": __name__},
     )
     return type(
         f"Tree_{name}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,14 @@ import torch
 
 from vllm_specplugin.draft import DraftTree
 
-__all__ = ["DraftRows", "TreeAttentionPlan", "TreeRows", "plan_tree_rows"]
+__all__ = [
+    "DeviceLevel",
+    "DraftRows",
+    "MaskedTrees",
+    "TreeAttentionPlan",
+    "TreeRows",
+    "plan_tree_rows",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +38,31 @@ class TreeRows:
     the KV cache, is visible."""
 
 
-@dataclass(frozen=True, slots=True)
+class MaskedTrees(NamedTuple):
+    """The trees of a step as the kernel for devices takes them."""
+
+    num_nodes: torch.Tensor
+    """``[requests]`` int32."""
+    ancestors: torch.Tensor
+    """``[requests, max_nodes, 1]`` int64."""
+
+
+class DeviceLevel(NamedTuple):
+    """One level of the trees of several requests, as that kernel takes it."""
+
+    block_table: torch.Tensor
+    """``[n, max_blocks]`` of these requests."""
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+    num_nodes: torch.Tensor
+    """``[n]`` bits a row may see."""
+    num_rows: torch.Tensor
+    """``[n]`` rows of the level."""
+    ancestors: torch.Tensor
+    """``[n, most rows, 1]``."""
+
+
+@dataclass(frozen=True)
 class DraftRows:
     """Attention metadata of a step that has nothing but nodes of draft trees: a
     level of a draft model."""
@@ -38,6 +70,33 @@ class DraftRows:
     rows: TreeRows
     block_table: torch.Tensor
     """``[requests, max_blocks]`` int32."""
+
+    @cached_property
+    def level(self) -> DeviceLevel:
+        """Shared by the layers."""
+        rows, device = self.rows, self.block_table.device
+        starts = np.flatnonzero(np.diff(rows.request, prepend=-1))
+        counts = np.diff([*starts, len(rows.request)])
+        place = np.arange(len(rows.request)) - np.repeat(starts, counts)
+        masks = np.zeros((len(starts), counts.max(initial=0), 1), dtype=np.uint64)
+        masks[np.repeat(np.arange(len(starts)), counts), place, 0] = rows.nodes
+        tails = _bit_lengths(np.bitwise_or.reduce(masks, axis=1)[:, 0])
+        arrays = (
+            (rows.context[starts] + tails).astype(np.int32),
+            np.array([*starts, len(rows.request)], dtype=np.int32),
+            tails,
+            counts.astype(np.int32),
+            masks.view(np.int64),
+        )
+        requests = torch.from_numpy(rows.request[starts].astype(np.int64))
+        return DeviceLevel(
+            self.block_table[requests.to(device)],
+            *(torch.from_numpy(array).to(device) for array in arrays),
+        )
+
+
+def _bit_lengths(bits: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
+    return np.array([int(one).bit_length() for one in bits], dtype=np.int32)
 
 
 def plan_tree_rows(
@@ -85,6 +144,8 @@ class TreeAttentionPlan:
     node_rows: npt.NDArray[np.int64]
     """``[k]`` flat rows whose keys and values are kept."""
     device: torch.device
+    requests: int = 0
+    """Of the step, with or without a tree."""
     kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """``layer name -> (keys, values)``, each ``[k, kv_heads, head_size]``."""
 
@@ -95,6 +156,23 @@ class TreeAttentionPlan:
     @cached_property
     def node_index(self) -> torch.Tensor:
         return torch.from_numpy(self.node_rows).to(self.device)
+
+    @cached_property
+    def trees(self) -> MaskedTrees:
+        """Whole trees, with the chains in front that need no mask."""
+        rows, starts = self.rows, np.flatnonzero(np.diff(self.rows.request, prepend=-1))
+        ends = [*starts[1:], len(rows.request)]
+        tails = _bit_lengths(rows.nodes[np.array(ends) - 1])
+        num_nodes = np.zeros(self.requests, dtype=np.int32)
+        ancestors = np.zeros((self.requests, tails.max(initial=0), 1), dtype=np.uint64)
+        for start, end, tail in zip(starts, ends, tails.tolist()):
+            request, chain = rows.request[start], tail - int(end - start)
+            num_nodes[request] = tail
+            nodes = np.arange(chain, dtype=np.uint64)
+            ancestors[request, :chain, 0] = np.uint64(2**64 - 1) >> (63 - nodes)
+            ancestors[request, chain:tail, 0] = rows.nodes[start:end]
+        arrays = (num_nodes, ancestors.view(np.int64))
+        return MaskedTrees(*(torch.from_numpy(one).to(self.device) for one in arrays))
 
     def keep(self, layer_name: str, key: torch.Tensor, value: torch.Tensor) -> None:
         """Puts aside the nodes' keys and values of one layer."""

@@ -1,0 +1,116 @@
+"""The script for GPUs, as far as it goes without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from . import gpu_engines, run_gpu
+
+SCRIPT = Path(run_gpu.__file__)
+
+
+def test_dry_run_compares_kernels_in_the_interpreter(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    ended = subprocess.run(
+        [sys.executable, SCRIPT, "--dry-run", "--json", file],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = json.loads(file.read_text())
+    assert found["a"]["ok"] is True
+    assert len(found["a"]["rows"]) == 12
+    assert max(row.get("difference", 0) for row in found["a"]["rows"]) > 0
+    assert found["machine"]["triton"]
+    assert found["provenance"]["settings"]["parts"] == ["a"]
+
+
+def test_a_part_that_fails_says_why_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def broken() -> Any:
+        raise RuntimeError("no such kernel")
+
+    made = {"a": broken, "b": lambda: {"ok": True, "rows": []}}
+    monkeypatch.setattr(run_gpu, "parts", lambda *_: made)
+    file = tmp_path / "found.json"
+    given = ["--dry-run", "--parts", "a", "b", "--json", str(file)]
+    assert run_gpu.main(given) == 1
+    found = json.loads(file.read_text())
+    assert found["a"]["error"] == "RuntimeError: no such kernel"
+    assert found["b"]["ok"] is True
+    assert "part a: FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_can_be_done(capsys: Any) -> None:
+    assert run_gpu.main(["--parts", "e"]) == 2
+    assert "--dry-run" in capsys.readouterr().err
+
+
+def test_all_parts_unless_some_are_named() -> None:
+    assert run_gpu.arguments([]).parts == list("abcde")
+    assert run_gpu.arguments(["--dry-run"]).parts == ["a"]
+    assert list(run_gpu.parts(run_gpu.arguments([]), "cuda")) == list("abcde")
+
+
+def test_share_of_equal_tokens_counts_up_to_the_first_difference() -> None:
+    same = gpu_engines.same_share
+    assert same([[1, 2, 3, 4], [5, 6]], [[1, 2, 9, 4], [5, 6]]) == pytest.approx(4 / 6)
+    assert same([[1, 2]], [[1, 2]]) == 1.0
+
+
+def test_moves_are_set_against_steps() -> None:
+    steps = [
+        {"variant": "draft_model trees", "batch": 8, "T": 0.0, "step_ms": 10.0},
+        {"variant": "vllm", "batch": 8, "T": 0.0},
+    ]
+    moves = [{"requests": 1, "us": 20.0}, {"requests": 4, "us": 50.0}]
+    report = {"d": {"rows": steps}, "e": {"moves": {"rows": moves}}}
+    found = run_gpu.share_of_a_step(report)
+    assert found == {
+        "share": {"batch 8 T=0": pytest.approx(0.005)},
+        "expected": "at most 0.02",
+    }
+    assert run_gpu.share_of_a_step({"d": {"error": "x"}}) is None
+
+
+def test_what_is_expected_of_trees() -> None:
+    rows = [
+        {"variant": "vllm", "batch": 1, "T": 0.0, "tokens_per_s": 10.0},
+        {"variant": "draft_model chains", "batch": 1, "T": 0.0, "tokens_per_s": 20.0},
+        {"variant": "draft_model trees", "batch": 1, "T": 0.0, "tokens_per_s": 26.0},
+        {"variant": "suffix", "error": "it did not start"},
+    ]
+    assert gpu_engines._expected(rows) == {
+        "batch 1 T=0": {
+            "over_chain": pytest.approx(1.3),
+            "expected_over_chain": 1.13,
+            "over_vllm": pytest.approx(2.6),
+            "expected_over_vllm": 2.5,
+        }
+    }
+
+
+def test_engine_arguments_are_ones_vllm_and_the_plugin_take() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_specplugin import speculate
+
+    known = set(EngineArgs.__dataclass_fields__)
+    for changes, chosen in gpu_engines._variants(4).values():
+        arguments = {**gpu_engines.BASE, **gpu_engines.SMALL, **changes}
+        if chosen is not None:
+            arguments |= speculate(**chosen)
+        assert arguments.keys() <= known
+    assert "attention_backend" in known

@@ -1,0 +1,194 @@
+"""Attention layers with trees on a device: who computes which rows, and what a CUDA
+graph may hold."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm.v1.attention.backend import AttentionCGSupport
+
+from vllm_specplugin.draft import DraftTree
+from vllm_specplugin.errors import UnsupportedError
+from vllm_specplugin.vllm.tree_attention import backend, device
+from vllm_specplugin.vllm.tree_attention.plan import (
+    DraftRows,
+    TreeAttentionPlan,
+    TreeRows,
+    plan_tree_rows,
+)
+from vllm_specplugin.vllm.tree_attention.reference import read_split_blocks
+
+from ..paged import UNTOUCHED, Case, by_path, random_call
+from .layers import (
+    DECODES,
+    WITH_PROMPT,
+    Layer,
+    cache_of,
+    close,
+    metadata_of,
+    plan_of,
+    run,
+)
+
+
+def test_decodes_are_computed_by_the_kernel_alone() -> None:
+    layer, call = Layer(), random_call(DECODES)
+    close(run(layer, call, plan_of(call)), by_path(call, all_rows=True))
+    assert layer.calls == 0
+
+
+def test_beside_chunks_of_prompts_only_nodes_are() -> None:
+    layer, call = Layer(), random_call(WITH_PROMPT)
+    close(run(layer, call, plan_of(call)), by_path(call, all_rows=True))
+    assert layer.calls == 1
+
+
+def test_steps_without_trees_are_the_backends_own() -> None:
+    layer = Layer()
+    call = random_call(Case(contexts=(9, 20), causal=(1, 1), nodes=(0, 0)))
+    close(run(layer, call, None), by_path(call, all_rows=True))
+    assert layer.calls == 1
+
+
+def test_without_the_kernel_rows_come_from_the_host(monkeypatch: Any) -> None:
+    layer, call = Layer(), random_call(DECODES)
+    layer.device_kernel, layer.read_blocks = False, read_split_blocks
+    monkeypatch.setattr(device, "attend", None)
+    plan = plan_of(call)
+    metadata = metadata_of(call)
+    setattr(metadata, backend.PLAN_ATTRIBUTE, plan)
+    output = torch.zeros_like(call.query)
+    named = SimpleNamespace(layer_name="one")
+    layer.forward(
+        named, call.query, call.query, call.query, cache_of(call), metadata, output
+    )
+    close(output, by_path(call, all_rows=True))
+    assert list(plan.kept) == ["one"]
+
+
+def test_masks_hold_the_chains_in_front() -> None:
+    rows = plan_tree_rows(
+        [
+            (1, 0, 9, DraftTree([1, 2, 3, 4], [-1, 0, -1, 2])),
+            (3, 5, 9, DraftTree(range(64), [*range(-1, 62), -1])),
+        ]
+    )
+    plan = TreeAttentionPlan(rows, np.zeros(0, int), torch.device("cpu"), requests=5)
+    assert plan.trees.num_nodes.tolist() == [0, 4, 0, 64, 0]
+    masks = plan.trees.ancestors[:, :, 0].numpy().view(np.uint64)
+    assert masks[1, :4].tolist() == [0b1, 0b11, 0b100, 0b1100]
+    assert masks[3, [0, 62, 63]].tolist() == [1, (1 << 63) - 1, 1 << 63]
+
+
+def test_a_level_of_a_draft_model() -> None:
+    """Rows see the context and the bits that are set, which may lie anywhere."""
+    call = random_call(Case(contexts=(15, 3, 33), causal=(0,) * 3, nodes=(9, 9, 9)))
+    bits = np.array([0b100000001, 0b10000001, 0b11, 0b1], dtype=np.uint64)
+    request = np.array([0, 0, 2, 2], dtype=np.int32)
+    context = np.array([15, 15, 33, 33])
+    rows = TreeRows(np.arange(4), request, context, bits)
+    metadata = DraftRows(rows, call.block_table)
+    query = call.query[:4]
+    output = torch.full_like(query, UNTOUCHED)
+    layer = Layer()
+    layer.forward(None, query, None, None, cache_of(call), metadata, output)
+    layer.device_kernel, layer.read_blocks = False, read_split_blocks
+    expected = torch.full_like(query, UNTOUCHED)
+    layer.forward(None, query, None, None, cache_of(call), metadata, expected)
+    close(output, expected)
+    assert layer.calls == 0
+
+
+# -------------------------------------------------------------------- graphs
+
+
+@pytest.fixture(autouse=True)
+def forget_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_graphs", None)
+
+
+class Builder:
+    """Of vLLM's, as far as graphs go."""
+
+    layer_names = ("a", "b")
+    supports = AttentionCGSupport.ALWAYS
+
+    @classmethod
+    def get_cudagraph_support(cls, *_: Any) -> AttentionCGSupport:
+        return cls.supports
+
+    def build_for_cudagraph_capture(self, common: Any) -> Any:
+        return SimpleNamespace(**vars(common))
+
+
+class TreeBuilder(backend.TreeBuilder, Builder):
+    pass
+
+
+def support() -> AttentionCGSupport:
+    return TreeBuilder.get_cudagraph_support(None, None)
+
+
+def buffers(requests: int = 6, nodes: int = 9) -> SimpleNamespace:
+    return SimpleNamespace(
+        num_nodes=torch.zeros(requests, dtype=torch.int32),
+        ancestors=torch.zeros(requests, nodes, 1, dtype=torch.int64),
+    )
+
+
+def test_graphs_hold_attention_only_if_somebody_keeps_the_trees(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert support() == AttentionCGSupport.NEVER
+    device.allow_graphs(buffers(), ["a", "b"])
+    assert support() == AttentionCGSupport.UNIFORM_BATCH
+    monkeypatch.setattr(
+        Builder, "supports", AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
+    assert support() == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    monkeypatch.setattr(Builder, "supports", AttentionCGSupport.ALWAYS)
+    device.allow_graphs(None)  # chains only: vLLM's kernels are right
+    assert support() == AttentionCGSupport.ALWAYS
+
+
+def test_what_a_graph_is_captured_with() -> None:
+    capture = TreeBuilder().build_for_cudagraph_capture
+    several, single = SimpleNamespace(max_query_len=8), SimpleNamespace(max_query_len=1)
+
+    def plan(common: Any) -> Any:
+        return getattr(capture(common), backend.PLAN_ATTRIBUTE, None)
+
+    assert plan(several) is None
+    held = buffers()
+    device.allow_graphs(held, ["a", "b", "c"])
+    assert plan(several).trees is held
+    assert plan(single) is None  # no trees in it: vLLM's own kernel
+    device.allow_graphs(held, ["a"])  # "b" is a draft model's
+    assert plan(several) is None
+
+
+def test_a_captured_step_replays_other_trees_and_no_trees() -> None:
+    """What a graph fixes are the tensors' places, the shapes and the launch."""
+    layer, held = Layer(), buffers()
+    plan = device.CapturedPlan(held)
+    uniform = {"contexts": (15, 33), "causal": (1, 1), "nodes": (7, 7), "spare": 2}
+    for seed in (1, 2):
+        call = random_call(Case(seed=seed, **uniform))
+        held.num_nodes[:2] = 7
+        held.ancestors[:2] = call.ancestors
+        close(run(layer, call, plan), by_path(call, all_rows=True))
+    held.num_nodes.zero_()
+    call = random_call(Case(contexts=(15, 33), causal=(8, 8), nodes=(0, 0)))
+    close(run(layer, call, plan), by_path(call, all_rows=True))
+    assert layer.calls == 0
+
+
+def test_a_graph_without_the_kernel_is_refused() -> None:
+    layer = Layer()
+    layer.device_kernel = False
+    with pytest.raises(UnsupportedError, match="cudagraph_mode to PIECEWISE"):
+        run(layer, random_call(DECODES), device.CapturedPlan(buffers()))
