@@ -36,7 +36,7 @@ def compact_paths(
     if (groups := device_rows(runner)) is not None:
         source = torch.where(misplaced, roots + nodes, -1)
         target = torch.where(misplaced, roots + depths, -1)
-        move_rows(groups, slots, source, target)
+        move_rows(groups, list(slots), source, target)
     else:
         _store_again(runner, plan, slots, nodes, misplaced)
     return misplaced.sum()
