@@ -2,10 +2,11 @@
 
 Asynchronous scheduling verifies as many nodes for every request, so the shape of
 the tree is chosen once for all: best-first over the ranks' shares ``q``, as the
-paper's fixed tree (2408.08696). Child ``r`` of a node takes the
-token at rank ``r``; at temperature > 0 ranks are by ``log q[r] + G(token)`` with
-the noise that the target will use. Shares are learnt on the device and looked at
-every :data:`REFRESH` steps, the only time the host waits for it.
+paper's fixed tree (2408.08696 calls it static). The first child of a node takes the
+token with the largest ``log q[rank]``, the second the next, and so on; at temperature
+> 0 with the noise that the target will use, ``log q[rank] + G(token)``. Shares are
+learnt on the device and looked at every :data:`REFRESH` steps, the only time the host
+waits for it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class TreeShape(NamedTuple):
     parents: npt.NDArray[np.int64]
     """``[n]``, -1 for children of the root."""
     ranks: npt.NDArray[np.int64]
-    """``[n]`` which of its parent's successors a node is; -1 for padding."""
+    """``[n]`` which of its parent's successors a node is, the worthiest being 0; -1
+    for padding."""
     depths: npt.NDArray[np.int64]
     """``[n]`` 1 for children of the root."""
 
@@ -42,7 +44,8 @@ def best_shape(
     """The ``nodes`` nodes with the largest product of shares.
 
     Args:
-        shares: ``[k]`` probability that a successor of each rank is right.
+        shares: ``[k]`` probability that each successor is right, the worthiest
+            first.
         nodes: how many; fewer if the tree is exhausted, and then padded.
         deepest: depth at most.
         least: nodes worth less are left out.
@@ -121,7 +124,8 @@ class DeviceRecycling:
         shares = np.maximum(np.array(hits) / seen, 1e-4)
         shares /= max(1.0, shares.sum())
         self._shares = torch.from_numpy(shares).float().to(self._device)
-        self._tree = best_shape(shares, self._nodes, self._deepest, self._least)
+        best_first = np.sort(shares)[::-1]
+        self._tree = best_shape(best_first, self._nodes, self._deepest, self._least)
 
     def propose(self, ctx: DeviceContext) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`~vllm_specplugin.device_interfaces.DeviceProposer`."""
@@ -156,9 +160,8 @@ class DeviceRecycling:
             rows = self._matrix[read.masked_fill(read < 0, blank)].long()
             ranks = torch.from_numpy(shape.ranks[nodes]).to(self._device)
             ranks = ranks.expand(count, -1)[..., None]
-            if self._coupled:
-                ranks = self._order(rows, ctx, depth).gather(-1, ranks)
-            tokens[:, index] = rows.gather(-1, ranks)[..., 0]
+            found = self._order(rows, ctx, depth).gather(-1, ranks)
+            tokens[:, index] = rows.gather(-1, found)[..., 0]
         parents = torch.from_numpy(shape.parents).to(self._device)
         return tokens, parents.expand(count, -1)
 
@@ -172,7 +175,7 @@ class DeviceRecycling:
             (ctx.positions + depth - 1)[:, None, None],
             rows.clamp(min=0),
         )
-        noise = noise * (ctx.temperatures > 0)[:, None, None]
+        noise = noise * ((ctx.temperatures > 0) & self._coupled)[:, None, None]
         keys = (self._shares.log() + noise).masked_fill(rows < 0, float("-inf"))
         return keys.argsort(dim=-1, descending=True, stable=True)
 

@@ -195,8 +195,11 @@ def test_further_settings_reach_vllm():
     config = SpecConfig(proposer="draft_model", options={"proposer": options})
     factory, parsed = resolve(config, "proposer")
     assert factory.speculative(parsed) == {
-        "method": "draft_model", "model": "org/name", "quantization": "fp8"
-    }  # fmt: skip
+        "method": "draft_model",
+        "model": "org/name",
+        "quantization": "fp8",
+        "driven": True,  # taken out before vLLM sees it
+    }
     with pytest.raises(ConfigError, match=r"engine=3.*a value of type Mapping"):
         resolve(
             SpecConfig(

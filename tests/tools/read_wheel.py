@@ -82,6 +82,8 @@ def _flat(body: list[ast.stmt]) -> list[ast.stmt]:
         flat.append(node)
         if isinstance(node, (ast.If, ast.Try)):
             flat += _flat([*node.body, *node.orelse])
+            for handler in getattr(node, "handlers", []):
+                flat += _flat(handler.body)
     return flat
 
 
