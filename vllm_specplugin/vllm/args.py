@@ -15,7 +15,14 @@ from vllm_specplugin.vllm.log import log_as_vllm_does
 from vllm_specplugin.vllm.runner_choice import choose_runner
 from vllm_specplugin.vllm.upstream import check_version
 
-__all__ = ["DRAFTER", "WORKER", "add_flags", "apply_flags", "engine_arguments"]
+__all__ = [
+    "DRAFTER",
+    "WORKER",
+    "add_flags",
+    "apply_flags",
+    "check_worker",
+    "engine_arguments",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +92,20 @@ def _asked(config: SpecConfig) -> Mapping[str, Any]:
     factory, options = resolve(config, "proposer")
     ask = getattr(factory, "speculative", None)
     return (None if ask is None else ask(options)) or {}
+
+
+def check_worker(worker_cls: Any) -> None:
+    """Raises :class:`ConfigError` unless the engine is given our worker: without it
+    vLLM's own drafter would go to work."""
+    if worker_cls != WORKER:
+        raise ConfigError(
+            complain(
+                f"worker_cls={worker_cls!r} with the plugin's configuration",
+                f"worker_cls={WORKER!r}",
+                "pass all arguments that speculate() returns, or use the "
+                "--spec-proposer flag",
+            )
+        )
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

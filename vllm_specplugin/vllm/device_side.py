@@ -11,7 +11,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
@@ -60,7 +59,6 @@ class DeviceSide:
         self._parents = torch.full_like(self._tokens, -1)
         self._chains = torch.zeros(shape[0], dtype=torch.bool, device=device)
         self._counts = torch.zeros(len(_COUNTERS), dtype=torch.int64, device=device)
-        self._slots: dict[str, int] = {}
         self.in_step = False
         """Whether a step is being computed, and not a warm-up."""
         self._nodes: DeviceTreePlan | None = None
@@ -97,13 +95,11 @@ class DeviceSide:
     # ------------------------------------------------------------ requests
 
     def admit(self, slot: int, new: Any) -> None:
-        self._slots[new.req_id] = slot
         self._tokens[slot] = -1
         self._chains[slot] = self._runner.chain_only(new.sampling_params)
 
     def forget_drafts(self, req_ids: Sequence[str]) -> None:
-        for req_id in req_ids:
-            self._slots.pop(req_id, None)
+        """They are forgotten when their slots are given away."""
 
     # -------------------------------------------------------------- a step
 
@@ -117,7 +113,7 @@ class DeviceSide:
         if counts is None or not counts.any():
             return
         trees, slots = self._runner.device_trees, batch.idx_mapping
-        scheduled = torch.from_numpy(counts.astype(np.int32)).to(slots.device)
+        scheduled = batch.cu_num_logits.diff()[: batch.num_reqs] - 1
         trees.lay_out(self._tokens[slots], self._parents[slots], scheduled)
         self._nodes = DeviceTreePlan(trees, batch.query_start_loc, batch.seq_lens)
         if self._spec.why_chains is None:

@@ -48,8 +48,10 @@ def register() -> None:
 
         if CONFIG_KEY in (self.additional_config or {}):
             from vllm_specplugin.vllm.admission import check_requests_from_now_on
+            from vllm_specplugin.vllm.args import check_worker
             from vllm_specplugin.vllm.front_end import show_statistics
 
+            check_worker(self.worker_cls)
             check_requests_from_now_on()
             show_statistics()
         return create_engine_config(self, *args, **kwargs)

@@ -57,9 +57,10 @@ def mixed(mixin: type, target: Any, runner: Any) -> Any:
 
 def reads_drafts(params: Any) -> bool:
     """Whether vLLM looks at a request's drafts as at a flat list: for its grammar,
-    its penalties or its bad words."""
+    its penalties, its bad words or its thinking budget."""
     return bool(
         params.structured_outputs is not None
+        or params.thinking_token_budget is not None
         or params.repetition_penalty != 1.0
         or params.frequency_penalty != 0.0
         or params.presence_penalty != 0.0
