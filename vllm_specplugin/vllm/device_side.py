@@ -20,6 +20,7 @@ from vllm_specplugin.device_interfaces import (
     OffersDevice,
 )
 from vllm_specplugin.errors import UnsupportedError, complain
+from vllm_specplugin.vllm.device_counters import DeviceCounters
 from vllm_specplugin.vllm.device_trees import walk
 from vllm_specplugin.vllm.kv_paths import compact_paths
 from vllm_specplugin.vllm.sampling_v2 import Rows
@@ -58,7 +59,7 @@ class DeviceSide:
         self._tokens = torch.full(shape, -1, dtype=torch.int64, device=device)
         self._parents = torch.full_like(self._tokens, -1)
         self._chains = torch.zeros(shape[0], dtype=torch.bool, device=device)
-        self._counts = torch.zeros(len(_COUNTERS), dtype=torch.int64, device=device)
+        self._counters = DeviceCounters(_COUNTERS, device)
         self.in_step = False
         """Whether a step is being computed, and not a warm-up."""
         self._nodes: DeviceTreePlan | None = None
@@ -179,7 +180,8 @@ class DeviceSide:
     ) -> None:
         emits = num_sampled > 0
         drafted = (tokens >= 0).sum(-1) * emits
-        self._counts += torch.stack(
+        spec = self._spec
+        self._counters.add(
             [
                 emits.any().long(),
                 emits.sum(),
@@ -188,8 +190,10 @@ class DeviceSide:
                 (accepted * emits).sum(),
                 num_sampled.sum(),
                 moved,
-            ]
+            ],
+            spec.metrics,
         )
+        spec.observer.step((), None)
 
     def _show(
         self,
@@ -265,11 +269,8 @@ class DeviceSide:
         """Left to vLLM, which asks for them where there is a grammar."""
 
     def settle(self) -> None:
-        """Adds what was counted on the device to the counters."""
-        for name, count in zip(_COUNTERS, self._counts.tolist()):
-            metrics = self._spec.metrics
-            setattr(metrics, name, getattr(metrics, name) + count)
-        self._counts.zero_()
+        """Brings the counters up to date."""
+        self._counters.settle(self._spec.metrics)
 
 
 def _owners(batch: Any, rows: int) -> torch.Tensor:
