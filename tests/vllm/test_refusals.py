@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vllm_specplugin import UnsupportedError
 from vllm_specplugin.vllm.device_side import DeviceSide
@@ -111,10 +112,11 @@ def test_asynchronous_scheduling_wants_the_device(proposer, scorer):
             raise AssertionError("not asked")
 
     runner = SimpleNamespace(
+        device=torch.device("cpu"),
         spec=SimpleNamespace(
             proposer=proposer or Offers(),
             config=SimpleNamespace(proposer="p", scorer=scorer),
-        )
+        ),
     )
     with pytest.raises(UnsupportedError, match="asynchronous scheduling with") as error:
         DeviceSide(runner)

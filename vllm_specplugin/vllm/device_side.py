@@ -20,6 +20,7 @@ from vllm_specplugin.device_interfaces import (
     OffersDevice,
 )
 from vllm_specplugin.errors import UnsupportedError, complain
+from vllm_specplugin.metrics import SpecMetrics
 from vllm_specplugin.vllm.device_counters import DeviceCounters
 from vllm_specplugin.vllm.device_trees import walk
 from vllm_specplugin.vllm.kv_paths import compact_paths
@@ -50,16 +51,14 @@ class DeviceSide:
     """
 
     def __init__(self, runner: Any) -> None:
+        device = runner.device
         self._runner = runner
+        self._counters = DeviceCounters(_COUNTERS, device)
         self.renew()
-        shape, device = (
-            (runner.max_num_reqs, runner.num_speculative_steps),
-            runner.device,
-        )
+        shape = (runner.max_num_reqs, runner.num_speculative_steps)
         self._tokens = torch.full(shape, -1, dtype=torch.int64, device=device)
         self._parents = torch.full_like(self._tokens, -1)
         self._chains = torch.zeros(shape[0], dtype=torch.bool, device=device)
-        self._counters = DeviceCounters(_COUNTERS, device)
         self.in_step = False
         """Whether a step is being computed, and not a warm-up."""
         self._nodes: DeviceTreePlan | None = None
@@ -71,7 +70,7 @@ class DeviceSide:
         return self._runner.spec  # type: ignore[no-any-return]
 
     def renew(self) -> None:
-        """Takes the proposer that the runner has now.
+        """Takes the proposer that the runner has now, and counts anew.
 
         Raises:
             UnsupportedError: it drafts on the host, or another scorer decides.
@@ -91,6 +90,7 @@ class DeviceSide:
         self._proposer: DeviceProposer = proposer.on_device(
             runner.num_speculative_steps, runner.device
         )
+        self._counters.settle(SpecMetrics())
         self._failures = 0
 
     # ------------------------------------------------------------ requests
