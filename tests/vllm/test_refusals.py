@@ -12,6 +12,7 @@ from vllm_specplugin.vllm.device_side import DeviceSide
 from vllm_specplugin.vllm.refusals import check_first, check_second
 from vllm_specplugin.vllm.runner_v2 import TreeRunnerV2, reads_drafts
 from vllm_specplugin.vllm.why_chains import why_chains
+from vllm_specplugin.vllm.worker import describe
 
 
 def second(**changes):
@@ -178,3 +179,18 @@ def test_chains_on_the_second_runner_alone(native, processors, reason):
     runner.spec = SimpleNamespace(follows_native=native)
     runner.sampler = SimpleNamespace(logits_processors=[None] * processors)
     assert reason in runner._why_chains()
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_the_start_up_line_names_runner_and_scheduling(asynchronous):
+    runner = second()
+    runner.scheduler_config = SimpleNamespace(async_scheduling=asynchronous)
+    runner.spec = SimpleNamespace(
+        why_chains="it uses ALiBi",
+        engine=SimpleNamespace(max_nodes=6),
+        config=SimpleNamespace(proposer="p", scorer="exact", policy="fixed"),
+    )
+    line = describe(runner)
+    assert "is active on SimpleNamespace of vLLM" in line
+    assert f"scheduling={'asynchronous' if asynchronous else 'synchronous'} (" in line
+    assert "draft chains only, because it uses ALiBi" in line
