@@ -59,16 +59,19 @@ def trees(choose: str, siblings: int) -> dict[str, Any]:
 
 
 MEMORY = {"VLLM_CPU_KVCACHE_SPACE": "2"}
+UNTIMED = {**MEMORY, "OMP_NUM_THREADS": "1"}
 
 
-def plugin(model: str, engine: dict[str, Any]) -> EngineProcess:
+def plugin(
+    model: str, engine: dict[str, Any], environment: dict[str, str]
+) -> EngineProcess:
     speculate = {
         "proposer": "draft_model",
         "policy": "fixed",
         "options": {"proposer": trees("coupled", 1), "draft_timeout_ms": 60_000.0},
     }
     settings = {"model": model, "engine": engine, "speculate": speculate}
-    return EngineProcess("plugin", settings, environment=MEMORY)
+    return EngineProcess("plugin", settings, environment=environment)
 
 
 def configure(
@@ -105,11 +108,11 @@ def acceptance(args: argparse.Namespace) -> dict[str, Any]:
         for name, config in vllm.items():
             engine = {**ENGINE, "speculative_config": config}
             settings = {"model": str(small), "engine": engine, "mend": True}
-            with EngineProcess(name, settings, environment=MEMORY) as one:
+            with EngineProcess(name, settings, environment=UNTIMED) as one:
                 for (t, _), prompts in work.items():
                     found[f"{t:g}"][name].append(_native_length(one, prompts, args))
                     bar.update()
-        with plugin(str(small), ENGINE) as one:
+        with plugin(str(small), ENGINE, UNTIMED) as one:
             for scorer, choose, siblings in ours:
                 shape = "chain" if siblings == 1 else f"{siblings} per level"
                 for (t, _), prompts in work.items():
@@ -155,7 +158,7 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     prompts: dict[str, list[Any]] = defaultdict(list)
     plain = EngineProcess("vllm", {"model": big, "engine": engine}, environment=MEMORY)
     total = args.rounds * len(args.temperatures) * (len(variants) + 1)
-    with plain, plugin(big, engine) as ours, tqdm(total=total) as bar:
+    with plain, plugin(big, engine, MEMORY) as ours, tqdm(total=total) as bar:
         for number in range(args.rounds):
             for t in args.temperatures:
                 cell = f"{t:g}"

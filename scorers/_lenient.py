@@ -55,7 +55,8 @@ class Walk:
         return closed is None
 
     def down(self, request: int, tolerable: Tolerable) -> tuple[list[int], Usage]:
-        """From the root: rejection, or the likeliest tolerable child."""
+        """From the root: rejection, or the likeliest tolerable child that the
+        request has not ruled out."""
         candidates, usage = self.candidates, self.before[request]
         path = [candidates.starts[request]]
         while True:
@@ -63,7 +64,11 @@ class Walk:
             kid = self.native(row)
             relaxed = kid is None
             if kid is None:
-                kept = [k for k in candidates.kids[row] if tolerable(row, k)]
+                kept = [
+                    k
+                    for k in candidates.kids[row]
+                    if candidates.p[k] > 0 and tolerable(row, k)
+                ]
                 if not kept or not self.may_relax(row, usage):
                     return path, usage.after(False)
                 kid = max(kept, key=lambda k: candidates.p[k])

@@ -289,17 +289,17 @@ def typical(
 def or_rejection(
     v: Verification, coins: Coins, tolerable: Callable[[int, int], bool]
 ) -> Outcome:
-    """Lossy: rejection, but where it accepts no child of a row the likeliest
-    tolerable one is kept. ``tolerable(row, node)`` is asked of those only."""
+    """Lossy: rejection, but where it accepts no child of a row the likeliest one
+    that has p > 0 and is ``tolerable(row, node)`` is kept."""
     path: list[int] = []
     while True:
         row = path[-1] + 1 if path else 0
         node, mass = native(v, row, coins)
         if node is None:
-            kept = [n for n in v.children[row] if tolerable(row, n)]
-            if not kept:
+            p = [v.target[row][token] for token in v.tokens]
+            kept = (n for n in v.children[row] if p[n] > 0 and tolerable(row, n))
+            if (node := max(kept, key=lambda n: p[n], default=None)) is None:
                 return Outcome(path, coins.draw(mass))
-            node = max(kept, key=lambda n: v.target[row][v.tokens[n]])
         path.append(node)
 
 

@@ -87,6 +87,33 @@ def test_closed_guards_turn_typical_into_rejection():
     assert result.guarded["run"] > 0
 
 
+WIDE_OPEN = {
+    "relaxed": {"delta": 1.0, "top": 12},
+    "fly": {"window": 1, "gate": 0.0},
+    "typical": {"epsilon": 0.0},
+    "typical_or_rejection": {"epsilon": 0.0},
+    "threshold": {"single": 0.01, "accumulated": 0.01},
+}
+
+
+@pytest.mark.parametrize("kind", ["drawn", "fixed"])
+@pytest.mark.parametrize("name", SCORERS.names())
+def test_what_a_request_rules_out_is_never_emitted(name, kind):
+    """Masks (allowed tokens, bad words, a grammar, top-k) leave p = 0."""
+    options = {**WIDE_OPEN[name], **OPEN} if name in WIDE_OPEN else {}
+    ruled_out = 0
+    for seed in range(30):
+        _, batch = random_batch(seed, kind=kind)
+        batch.logits[:, np.random.default_rng(seed).permutation(12)[:6]] = -np.inf
+        possible = np.isfinite(batch.logits.numpy())
+        nodes = np.flatnonzero(batch.tokens >= 0)
+        ruled_out += (~possible[batch.parents[nodes], batch.tokens[nodes]]).sum()
+        result = make(name, **options).score(batch)
+        for tokens, rows, n in zip(result.tokens, result.rows, result.lengths):
+            assert possible[rows[:n], tokens[:n]].all()
+    assert ruled_out > 100
+
+
 @pytest.mark.parametrize("name", SCORERS.names())
 def test_company_and_repetition_change_nothing(name):
     """Every registered scorer: each request of a batch as if it were alone."""

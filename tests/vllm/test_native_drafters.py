@@ -64,12 +64,14 @@ def test_a_drafter_that_is_the_target_guesses_nearly_all(
 LAW = {"temperature": 1.2, "top_k": 3, "top_p": 0.98}
 
 
-def triples(one: Engine, prompt: list[int], seed: int, **options: object) -> Counter:
+def triples(
+    one: Engine, prompt: list[int], seed: int | None, **options: object
+) -> Counter:
     """How often each three first tokens came out; at most 27 do."""
     requests = [
         {
             **LAW,
-            "seed": seed + i,
+            "seed": None if seed is None else seed + i,
             "max_tokens": 4,
             "ignore_eos": True,
             "extra_args": options,
@@ -91,8 +93,9 @@ def distance(first: Counter, second: Counter) -> float:
 
 @pytest.fixture(scope="module")
 def plain(engine: Get, prompts: list[list[int]]) -> Counter:
-    """Of vLLM without speculation and without the plugin."""
-    return triples(engine("vllm"), prompts[5], 1)
+    """Of vLLM without speculation and without the plugin. Without seeds: with
+    them vLLM 0.32 on a CPU cannot cut by top-k or top-p."""
+    return triples(engine("vllm"), prompts[5], None)
 
 
 @pytest.mark.parametrize(

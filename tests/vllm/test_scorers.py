@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
+from vllm_specplugin import SCORERS
 from vllm_specplugin.engines import EngineError
 
 from ..laws import chi_squared
-from .conftest import Engine
+from .conftest import TARGET, Engine
 
 Get = Callable[[str], Engine]
 
@@ -80,6 +82,68 @@ def test_greedy_text_is_the_same_under_every_lossless_scorer(
         ]
         got = one.ask("run", prompts=prompts[:4], params=params)
         assert [tokens[0] for tokens in got["tokens"]] == truth
+
+
+def test_parameters_hold_under_every_scorer(
+    engine: Get, prompts: list[list[int]]
+) -> None:
+    """Drafts that a request's parameters rule out lie right in the path."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    one = engine("uncached")
+    prompt = prompts[5]
+    (free,) = one.texts([prompt], "none", temperature=0.0, max_tokens=40)
+    banned = tokenizer.decode(free[2:3]).strip()
+    cases: list[dict[str, Any]] = [
+        {"allowed_token_ids": ALPHABET},
+        {"bad_words": [banned]},
+        {"min_tokens": 12, "stop_token_ids": sorted(set(free))},
+        {"structured_outputs": {"regex": r"[a-z]{3}=[0-9]{9}"}},
+        {"logprobs": 2},
+        {"n": 2, "presence_penalty": 1.0},
+    ]
+    settings = {
+        "typical": {"spec_epsilon": 0.0},
+        "typical_or_rejection": {"spec_epsilon": 0.0},
+        "relaxed": {"spec_delta": 1.0, "spec_top": 1000},
+        "threshold": {"spec_single": 0.01, "spec_accumulated": 0.01},
+        "fly": {"spec_gate": 0.0, "spec_window": 1},
+    }
+    wide = {"spec_relax_entropy": 99.0, "spec_relax_share": 1.0, "spec_relax_run": 99}
+    names = list(SCORERS.names())
+    requests = [
+        {
+            "temperature": 1.0,
+            "seed": seed,
+            "max_tokens": 24,
+            **case,
+            "extra_args": {
+                "use": "oracle",
+                "oracle": free,
+                "spec_scorer": name,
+                **({**settings[name], **wide} if name in settings else {}),
+            },
+        }
+        for name in names
+        for seed, case in enumerate(cases)
+    ]
+    before = one.ask("stats")
+    answer = one.ask("run", prompts=[prompt] * len(requests), params=requests)
+    after = one.ask("stats")
+    assert after["failures"] == before["failures"]
+    assert after["accepted"] - before["accepted"] > 3 * len(names)
+    for i, name in enumerate(names):
+        got = answer["tokens"][i * len(cases) : (i + 1) * len(cases)]
+        assert set(got[0][0]) <= set(ALPHABET), name
+        assert banned not in tokenizer.decode(got[1][0]), name
+        assert len(got[2][0]) >= 12, name
+        matched = tokenizer.decode(got[3][0], skip_special_tokens=True)
+        assert re.fullmatch("[a-z]{3}=[0-9]{9}", matched), name
+        logprobs = answer["logprobs"][i * len(cases) + 4][0]
+        for token, found in zip(got[4][0], logprobs, strict=True):
+            assert len(found) >= 2 and found[str(token)][0] <= 0, name
+        assert [len(tokens) for tokens in got[5]] == [24, 24], name
 
 
 def test_a_request_limits_its_own_drafts(engine: Get, prompts: list[list[int]]) -> None:
