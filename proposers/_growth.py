@@ -70,7 +70,7 @@ def children(
     owners: Ints,
     depth: int,
     shape: Shape,
-    spread: float,
+    spread: float | Floats,
 ) -> Candidates:
     """The likeliest next tokens after some nodes.
 
@@ -80,7 +80,7 @@ def children(
         owners: ``[m]`` which of them each row belongs to.
         depth: of the children.
         shape: how many there may be.
-        spread: s above.
+        spread: s above; one for all or ``[m]``.
     """
     temperatures = np.array([views[i].temperature for i in owners.tolist()])
     drawing = np.flatnonzero(temperatures > 0) if shape.coupled else np.zeros(0, int)
@@ -98,8 +98,10 @@ def children(
         index = torch.from_numpy(place).to(logits.device)
         logits[rows] += noise[index] * scale.to(logits.device)[:, None]
     keys, tokens = logits.topk(min(shape.siblings, logits.shape[1]), dim=-1)
-    total = torch.logsumexp(logits / spread, dim=-1, keepdim=True)
-    estimates = torch.exp(keys / spread - total)
+    s = torch.as_tensor(spread, dtype=logits.dtype, device=logits.device)
+    s = s.expand(len(logits))[:, None]
+    total = torch.logsumexp(logits / s, dim=-1, keepdim=True)
+    estimates = torch.exp(keys / s - total)
     return Candidates(
         tokens.cpu().numpy(), estimates.double().cpu().numpy().clip(0.0, 1.0)
     )

@@ -192,6 +192,14 @@ class FusedProposer:
         return next(iter(asked.values()), {})
 
     @property
+    def needs_hidden(self) -> bool:
+        return any(getattr(m.proposer, "needs_hidden", False) for m in self._members)
+
+    @property
+    def needs_lm_head(self) -> bool:
+        return any(getattr(m.proposer, "needs_lm_head", False) for m in self._members)
+
+    @property
     def needs_top(self) -> int:
         return max((m.needs_top for m in self._members if m.enabled), default=0)
 

@@ -12,6 +12,7 @@ from typing import Any
 from vllm_specplugin import __version__
 from vllm_specplugin.config import ROLES
 from vllm_specplugin.errors import ConfigError, SpecPluginError, complain
+from vllm_specplugin.heads.cli import add_commands as add_heads_commands
 
 __all__ = ["main"]
 
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     _add_replay(commands)
     _add_tune(commands)
+    add_heads_commands(commands)
     return parser
 
 

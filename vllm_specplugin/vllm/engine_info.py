@@ -23,6 +23,9 @@ def describe_engine(runner: Any, config: SpecConfig) -> EngineInfo:
         max_model_len=runner.max_model_len,
         max_num_seqs=runner.max_num_reqs,
         max_nodes=runner.num_spec_tokens,
+        hidden_size=runner.model_config.get_hidden_size(),
+        device=str(runner.device),
+        dtype=str(runner.model_config.dtype).removeprefix("torch."),
         graph_sizes=_graph_sizes(runner),
         fingerprint=_fingerprint(runner, config),
     )
