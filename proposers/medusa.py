@@ -99,9 +99,14 @@ class MedusaProposer:
             coupled=config.coupled,
         )
         self._static = {
-            sampled: self._calibration.accuracies(sampled)[:, : config.siblings]
+            sampled: np.ascontiguousarray(
+                self._calibration.accuracies(sampled)[:, : config.siblings]
+            )
             for sampled in (False, True)
         } if config.tree == "static" else None  # fmt: skip
+        # Compiles now and not in a step.
+        depths, ranks, parents = np.empty((3, 1), dtype=np.int32)
+        explore(np.ones((1, 1)), 1, 0.0, depths, ranks, parents, np.empty(1))
 
     @torch.inference_mode()
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:

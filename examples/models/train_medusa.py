@@ -4,8 +4,7 @@
     python examples/models/train_medusa.py /tmp/medusa
 
 The same as ``specplugin train-heads`` on your own model and text, with the
-embedded target's files. Heads are tied to the target's lm_head, which keeps the
-file small.
+embedded target's files. The heads share one lm_head, which keeps the file small.
 """
 
 from __future__ import annotations
@@ -26,7 +25,8 @@ def main() -> None:
     parser.add_argument("--target", type=Path, default=HERE / "target")
     parser.add_argument("--data", type=Path, default=HERE, help="has train.npy")
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--lm-head", default="shared")
     parser.add_argument("--tokens", type=float, default=1.5e6)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     args = parser.parse_args()
@@ -35,7 +35,7 @@ def main() -> None:
         layers=args.layers,
         tokens=args.tokens,
         learning_rate=args.learning_rate,
-        tie_lm_head=True,
+        lm_head=args.lm_head,
     )
     ids, held = (
         read_tokens(args.data / f"{n}.npy", str(args.target)) for n in ("train", "held")

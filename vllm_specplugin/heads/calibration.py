@@ -191,10 +191,11 @@ def _candidates(
         rows.to(target.device),
         attention_mask=mask,
         do_sample=False,
-        min_new_tokens=max_tokens,
         max_new_tokens=max_tokens,
         logits_processor=[noise],
+        repetition_penalty=1.0,
         pad_token_id=0,
+        eos_token_id=-1,  # answers of one length
     )
     more = torch.ones_like(text[:, longest:])
     states = target.model.base_model(

@@ -52,9 +52,11 @@ def _add_train(commands: Any) -> None:
         told = f"{what} (default: {default:g})"
         train.add_argument(f"--{name}", type=kind, default=default, help=told)
     train.add_argument(
-        "--tie-lm-head",
-        action="store_true",
-        help="use the target's lm_head: small files, weaker heads",
+        "--lm-head",
+        choices=("own", "shared", "tied"),
+        default="own",
+        help="one per head, one for all, or the target's (default: own); the files "
+        "get smaller and the heads weaker in this order",
     )
     train.add_argument("--device", default="", help="default: a GPU if there is one")
     train.add_argument("--resume", action="store_true", help="from the checkpoint")

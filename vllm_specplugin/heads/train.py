@@ -45,7 +45,11 @@ class TrainSettings:
 
     heads: int = option(4, "tokens guessed beyond the next one", low=1, high=32)
     layers: int = option(1, "residual blocks per head", low=1, high=8)
-    tie_lm_head: bool = option(False, "use the target's lm_head, store none")
+    lm_head: str = option(
+        "own",
+        "one per head, one for all, or the target's, which is not stored",
+        choices=("own", "shared", "tied"),
+    )
     tokens: float = option(1e6, "tokens to train on, repeating the text if it ends")
     window: int = option(256, "tokens per sequence", low=8)
     batch: int = option(8, "sequences per step", low=1)
@@ -92,7 +96,7 @@ def new_heads(target: Target, settings: TrainSettings) -> MedusaHeads:
         layers=settings.layers,
         hidden_size=target.hidden_size,
         vocab_size=target.vocab_size,
-        lm_heads=0 if settings.tie_lm_head else settings.heads,
+        lm_heads={"own": settings.heads, "shared": 1, "tied": 0}[settings.lm_head],
     )
     heads = MedusaHeads(shape)
     for layers in heads.blocks:
