@@ -90,7 +90,7 @@ class Switch:
             case "not_a_tree":
                 return "tree"  # type: ignore[return-value]
             case "slow":
-                time.sleep(0.2)
+                time.sleep(0.8)
                 return DraftTree([5], [-1])
             case "drawn":
                 return self._drawn(request, n)
