@@ -68,7 +68,7 @@ def children(
     logits: torch.Tensor,
     views: Sequence[RequestView],
     owners: Ints,
-    depth: int,
+    depth: int | Ints,
     shape: Shape,
     spread: float | Floats,
 ) -> Candidates:
@@ -78,30 +78,35 @@ def children(
         logits: ``[m, vocab]`` of the draft model; overwritten.
         views: the requests.
         owners: ``[m]`` which of them each row belongs to.
-        depth: of the children.
+        depth: of the children; one for all or ``[m]``, as is the next but one.
         shape: how many there may be.
-        spread: s above; one for all or ``[m]``.
+        spread: s above.
     """
     temperatures = np.array([views[i].temperature for i in owners.tolist()])
-    drawing = np.flatnonzero(temperatures > 0) if shape.coupled else np.zeros(0, int)
+    drawing = np.flatnonzero((temperatures > 0) & shape.coupled)
     if len(drawing):
         rows = torch.from_numpy(drawing).to(logits.device)
         logits[rows] = _cut(logits[rows], [views[owners[i]] for i in drawing.tolist()])
-        own, place = np.unique(owners[drawing], return_inverse=True)
+        lengths = np.array([len(view.tokens) for view in views], dtype=np.int64)
+        positions = (lengths[owners] + depth - 1)[drawing]
+        # Rows of one request and depth have one noise.
+        keys, place = np.unique(
+            (owners[drawing] << 32) | positions, return_inverse=True
+        )
         noise = gumbel_rows(
-            np.array([views[i].seed for i in own.tolist()], dtype=np.uint64),
-            np.array([len(views[i].tokens) + depth - 1 for i in own.tolist()]),
+            np.array([views[i].seed for i in (keys >> 32).tolist()], dtype=np.uint64),
+            keys & 0xFFFFFFFF,
             logits.shape[1],
             logits.device,
         )
         scale = torch.from_numpy(temperatures[drawing].astype(np.float32))
         index = torch.from_numpy(place).to(logits.device)
         logits[rows] += noise[index] * scale.to(logits.device)[:, None]
-    keys, tokens = logits.topk(min(shape.siblings, logits.shape[1]), dim=-1)
+    best, tokens = logits.topk(min(shape.siblings, logits.shape[1]), dim=-1)
     s = torch.as_tensor(spread, dtype=logits.dtype, device=logits.device)
     s = s.expand(len(logits))[:, None]
     total = torch.logsumexp(logits / s, dim=-1, keepdim=True)
-    estimates = torch.exp(keys / s - total)
+    estimates = torch.exp(best / s - total)
     return Candidates(
         tokens.cpu().numpy(), estimates.double().cpu().numpy().clip(0.0, 1.0)
     )

@@ -137,14 +137,22 @@ class MedusaProposer:
             whole = logits.new_full((*logits.shape[:2], size), float("-inf"))
             whole[..., token_map.to(logits.device)] = logits
             logits = whole
-        owners = np.arange(len(views))
         sampled = np.array([view.temperature > 0 for view in views])
-        found = []
-        for depth, rows in enumerate(logits, start=1):
-            spread = self._calibration.spread(depth - 1, sampled)
-            found.append(children(rows, views, owners, depth, self._shape, spread))
-        tokens = np.stack([one.tokens for one in found], axis=1)
-        return tokens, np.stack([one.estimates for one in found], axis=1)
+        heads, count = len(logits), len(views)
+        found = children(
+            logits.flatten(0, 1),
+            views,
+            np.tile(np.arange(count), heads),
+            np.repeat(np.arange(heads) + 1, count),
+            self._shape,
+            np.concatenate(
+                [self._calibration.spread(k, sampled) for k in range(heads)]
+            ),
+        )
+        shape = (heads, count, -1)
+        tokens = found.tokens.reshape(shape).swapaxes(0, 1)
+        estimates = found.estimates.reshape(shape).swapaxes(0, 1)
+        return tokens, np.ascontiguousarray(estimates)
 
     def _tree(
         self, view: RequestView, tokens: Any, estimates: Floats, least: float

@@ -35,6 +35,7 @@ class Switch:
     def __init__(self, config: None, engine: EngineInfo) -> None:
         self._rng = np.random.default_rng(0)
         self._engine = engine
+        self._slept = False
         self._real = {}
         for name, values in REAL.items():
             factory = CheckedMedusa if name == "medusa" else PROPOSERS.get(name)
@@ -90,7 +91,9 @@ class Switch:
             case "not_a_tree":
                 return "tree"  # type: ignore[return-value]
             case "slow":
-                time.sleep(0.8)
+                if not self._slept:  # longer than the engines' limit, but once
+                    time.sleep(3.2)
+                    self._slept = True
                 return DraftTree([5], [-1])
             case "drawn":
                 return self._drawn(request, n)
