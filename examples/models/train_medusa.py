@@ -27,8 +27,8 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--lm-head", default="shared")
-    parser.add_argument("--tokens", type=float, default=1.5e6)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--tokens", type=float, default=5e5)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     args = parser.parse_args()
     settings = TrainSettings(
         heads=args.heads,

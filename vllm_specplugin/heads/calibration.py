@@ -193,9 +193,6 @@ def _candidates(
         do_sample=False,
         max_new_tokens=max_tokens,
         logits_processor=[noise],
-        repetition_penalty=1.0,
-        pad_token_id=0,
-        eos_token_id=-1,  # answers of one length
     )
     more = torch.ones_like(text[:, longest:])
     states = target.model.base_model(

@@ -51,7 +51,7 @@ def load_target(name: str, device: str = "") -> Target:
         UnsupportedError: its logits are more than its lm_head of its last hidden
             state, so heads on that state could not be verified here.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -66,6 +66,8 @@ def load_target(name: str, device: str = "") -> Target:
             )
         ) from error
     model = model.eval().requires_grad_(False)
+    # What its author generates with, penalties and end of text, is not asked for.
+    model.generation_config = GenerationConfig(pad_token_id=0)
     lm_head = model.get_output_embeddings()
     tokens = torch.arange(8, device=device)[None] + 3
     with torch.no_grad():
