@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tests.test_trace_replay import PROMPT, record
+from vllm_specplugin import reliability as report
 from vllm_specplugin.cli import main
 from vllm_specplugin.reliability import BINS, reliability
 from vllm_specplugin.replay import load_recording
@@ -74,6 +76,19 @@ def test_the_command(trace, tmp_path, capsys):
     assert plot.read_text().startswith("<?xml")
     assert main(["calibration", str(trace), "--json", str(tmp_path / "no" / "x")]) == 2
     assert "name another" in capsys.readouterr().err
+
+
+def test_other_options_are_another_line(trace, monkeypatch):
+    made = load_recording([trace])
+    recordings = []
+    for members in ("ab", "ab", "cd"):
+        options = {"proposer": {"members": list(members)}}
+        recordings.append(replace(made, config={"proposer": "p", "options": options}))
+    found = iter(recordings)
+    monkeypatch.setattr(report, "load_recording", lambda paths: next(found))
+    pooled = report._pooled([trace] * 3)
+    assert [len(x) for x in pooled.values()] == [2, 1]
+    assert list(pooled)[1] == "p, members: c, d"
 
 
 def test_a_trace_without_drafts_is_refused(tmp_path, capsys):

@@ -103,6 +103,27 @@ def reliability(name: str, recordings: Sequence[Recording]) -> Reliability | Non
     )
 
 
+def _pooled(traces: Sequence[Path]) -> dict[str, list[Recording]]:
+    """Traces of one proposer with the same options belong together."""
+    found: dict[tuple[str, str], list[Recording]] = {}
+    for path in traces:
+        recording = load_recording([path])
+        name = str(recording.config.get("proposer", path.name))
+        options = recording.config.get("options", {}).get("proposer", {})
+        key = name, json.dumps(options)
+        found.setdefault(key, []).append(recording)
+    names = [name for name, _ in found]
+    return {
+        name if names.count(name) == 1 else f"{name}, {_brief(options)}": recordings
+        for (name, options), recordings in found.items()
+    }
+
+
+def _brief(options: str) -> str:
+    """The beginning of some JSON, without its marks."""
+    return "".join(c for c in options if c not in '"[]{}')[:40]
+
+
 def _label(
     calibration: Calibration, tree: DraftTree, text: Any, length: int, req_id: str
 ) -> tuple[Floats, Floats, Bools]:
@@ -144,12 +165,7 @@ def calibration_command(
     """
     if plot is not None:
         require_matplotlib()
-    by_name: dict[str, list[Recording]] = {}
-    for path in traces:
-        recording = load_recording([path])
-        by_name.setdefault(str(recording.config.get("proposer", path.name)), []).append(
-            recording
-        )
+    by_name = _pooled(traces)
     found = [
         one
         for name, recordings in by_name.items()
@@ -182,21 +198,22 @@ def calibration_command(
 
 def _table(found: Sequence[Reliability]) -> str:
     edges = [f"{n / BINS:.1f}-" for n in range(BINS)]
+    width = max(20, *(len(r.name) for r in found))
     lines = [
-        f"{'proposer':<20} {'nodes':>8} {'hits':>6} {'Brier':>7} {'corrected':>9} "
+        f"{'proposer':<{width}} {'nodes':>8} {'hits':>6} {'Brier':>7} {'corrected':>9} "
         f"{'constant':>8} {'error':>6} {'corrected':>9}"
     ]
     lines += [
-        f"{r.name:<20} {r.nodes:>8} {r.rate:>6.3f} {r.brier:>7.4f} "
+        f"{r.name:<{width}} {r.nodes:>8} {r.rate:>6.3f} {r.brier:>7.4f} "
         f"{r.brier_corrected:>9.4f} {r.brier_constant:>8.4f} {r.error:>6.3f} "
         f"{r.error_corrected:>9.3f}"
         for r in found
     ]
     lines += ["", "share of hits by the proposer's own estimate (nodes):"]
-    lines.append(f"{'':<20} " + " ".join(f"{edge:>12}" for edge in edges))
+    lines.append(f"{'':<{width}} " + " ".join(f"{edge:>12}" for edge in edges))
     for r in found:
         cells = (f"{h:.3f} ({n})" if n else "-" for h, n in zip(r.hits, r.counts))
-        lines.append(f"{r.name:<20} " + " ".join(f"{cell:>12}" for cell in cells))
+        lines.append(f"{r.name:<{width}} " + " ".join(f"{cell:>12}" for cell in cells))
     lines.append(
         "nodes: drafted ones whose parent is part of the text. error: mean distance "
         "between\nestimates and hits over ten bins. corrected: as policies see them. "
