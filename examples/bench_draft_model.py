@@ -104,11 +104,16 @@ def measure(
         for engine in running.values():
             engine.close()
     return {
-        "provenance": provenance({**vars(args), "json": str(args.json)}),
+        "provenance": provenance(plain(args)),
         "tokens_per_s": speeds,
         "last_stats": stats,
         "text_differs": {cell: sorted(v) for cell, v in differs.items()},
     }
+
+
+def plain(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as JSON can hold them."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
 
 def table(report: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench_draft_model import arguments, finish, measure
+from bench_draft_model import arguments, finish, measure, plain
 from bench_policies import ENGINE, PLAIN, generate
 from tqdm import tqdm
 
@@ -126,10 +126,7 @@ def acceptance(args: Any) -> dict[str, Any]:
                             print(cell, variant, told["failures"])
                     bar.update()
         engine.ask("reset", changes={"trace": ""})  # ends the last trace
-    return {"provenance": provenance({**vars(args), "json": str(args.json),
-                                      "heads": str(args.heads),
-                                      "traces": str(args.traces)}),
-            "tokens_per_request_step": found}  # fmt: skip
+    return {"provenance": provenance(plain(args)), "tokens_per_request_step": found}
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ the user's text::
     loss = sum_k decay^k * mean_t KL(p(. | x_<=t+1+k) || q_k(. | h_t))
 
 The target's distribution says more per position than the text's one token; at
-temperature 1 its overlap with ``q_k`` is what acceptance is made of. Blocks start
-as the identity and lm_heads as the target's, so heads start as copies of it.
+temperature 1 its overlap with ``q_k`` is what acceptance is made of. Blocks'
+weights start at zero and lm_heads as the target's, so heads start close to it.
 """
 
 from __future__ import annotations
