@@ -29,11 +29,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_same_logits(layers, small, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("layers", "lm_heads"), [(1, 0), (2, 0), (1, 1), (1, 2)])
+def test_same_logits(layers, lm_heads, small, tmp_path, monkeypatch):
     monkeypatch.setenv("SPECPLUGIN_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(1)
-    shape = HeadShape(heads=2, layers=layers, hidden_size=32, vocab_size=50, lm_heads=0)
+    shape = HeadShape(
+        heads=2, layers=layers, hidden_size=32, vocab_size=50, lm_heads=lm_heads
+    )
     save_heads(MedusaHeads(shape), tmp_path / "heads")
     (tmp_path / "heads" / "calibration.json").write_text("{}")
     inflate(small, tmp_path / "large", hidden=96, layers=1, intermediate=24)
@@ -52,4 +54,4 @@ def test_same_logits(layers, small, tmp_path, monkeypatch):
         found = wide.logits(H)
     # Weights are rounded to bfloat16 twice.
     assert (found - expected).std() < 0.02 * expected.std()
-    assert wide.shape.lm_heads == 1
+    assert wide.shape.lm_heads == max(1, lm_heads)

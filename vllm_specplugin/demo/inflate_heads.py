@@ -8,8 +8,8 @@ with ``z = g n``. So ``z = B y`` for ``B = sqrt(h/H) diag(g) P^T``. A block adds
 
     X = [I | M],   X y = B y for every y that the model writes
 
-which holds for ``M = (B P - P_top) pinv(P_bottom)``. All heads share one lm_head
-of their own, ``L X``.
+which holds for ``M = (B P - P_top) pinv(P_bottom)``. An lm_head ``L`` becomes
+``L X``, that of tied heads too: the model's own reads something else.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["inflate_heads", "inflated_heads"]
 
-_VERSION = 1
+_VERSION = 2
 
 
 def inflated_heads(
@@ -38,7 +38,7 @@ def inflated_heads(
     """Heads for ``inflated_model(source)``, made on first use, kept in the cache.
 
     Args:
-        heads: folder of heads that are tied to the lm_head of ``source``.
+        heads: folder of heads for ``source``, as ``save_heads`` writes it.
         source: folder of the small model.
         hidden: as the model's.
         seed: as the model's.
@@ -86,7 +86,7 @@ def inflate_heads(
         layers=small.shape.layers,
         hidden_size=hidden,
         vocab_size=small.shape.vocab_size,
-        lm_heads=1,
+        lm_heads=max(1, small.shape.lm_heads),
         bias=small.shape.bias,
     )
     large = MedusaHeads(shape).requires_grad_(False)
@@ -100,8 +100,10 @@ def inflate_heads(
             if shape.bias:
                 new.bias.zero_()
                 new.bias[:h] = old.bias
-    own: Any = large.lm_heads[0]
-    own.weight.copy_(model.lm_head.weight.detach() @ X)
+    written: Any = large.lm_heads
+    tied = [model.lm_head]
+    for new, old in zip(written, small.lm_heads or tied):
+        new.weight.copy_(old.weight.detach() @ X)
     save(large, destination)
     if (measured := heads / "calibration.json").is_file():
         shutil.copyfile(measured, destination / "calibration.json")
