@@ -55,7 +55,7 @@ class MedusaProposer:
         siblings: int = option(8, "most candidates at a depth", low=1, high=64)
         depth: int = option(0, "deepest node; 0 for as many as heads", low=0, high=64)
         min_survival: float = option(
-            0.02, "nodes less likely to be accepted are not drafted", low=0, high=1
+            0.005, "nodes less likely to be accepted are not drafted", low=0, high=1
         )
         coupled: bool = option(
             True, "use the request's noise to choose candidates at temperature > 0"
