@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from tests.conformance.test_registered import view
+from tests.proposers.fake_heads import heads_folder
+from tests.proposers.fake_model import equipped
 from vllm_specplugin.config import parse_options
 from vllm_specplugin.draft import EMPTY_TREE, DraftTree
 from vllm_specplugin.errors import ConfigError
@@ -219,6 +221,18 @@ def test_members_get_their_share_of_rows_and_every_release():
     draft(proposer, [5])
     proposer.release(["a"])
     assert right.released == left.released == ["a"] and not proposer._past
+
+
+def test_a_member_may_read_hidden_states():
+    values = {"members": ["ngram", "medusa"],
+              "member_options": {"medusa": {"model": heads_folder(0)}}}  # fmt: skip
+    proposer = FusedProposer(
+        parse_options(FusedProposer.Config, values, "fused"), ENGINE
+    )
+    assert proposer.needs_hidden and proposer.needs_lm_head
+    assert not make("Left").needs_hidden and not make("Left").needs_lm_head
+    [tree] = proposer.propose(equipped([view("a", [5])], ENGINE.vocab_size))
+    assert len(tree)
 
 
 @pytest.mark.parametrize(
