@@ -64,16 +64,20 @@ def engines(length: int) -> dict[str, EngineProcess]:
     return {n: EngineProcess(n, s, environment=memory) for n, s in made.items()}
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    args: argparse.Namespace,
+    running: dict[str, EngineProcess],
+    ours: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """Runs all engines and all variants of the plugin's in turn."""
     small = model_path("target")
     speeds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     stats: dict[str, dict[str, Any]] = defaultdict(dict)
     differs: dict[str, set[str]] = defaultdict(set)
-    running = engines(args.length)
     cells = [
         (n, t, b) for b in args.batch for n in args.workloads for t in args.temperatures
     ]
-    variants = [n for n in running if n != "plugin"] + list(OURS)
+    variants = [n for n in running if n != "plugin"] + list(ours)
     try:
         bar = tqdm(total=(args.rounds + 1) * len(cells) * len(variants))
         for number in range(-1, args.rounds):  # the first round warms up
@@ -84,27 +88,32 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 cell, texts = f"{name} T={t:g} batch {batch}", {}
                 turn = number % len(variants)
                 for variant in variants[turn:] + variants[:turn]:
-                    engine = running["plugin" if variant in OURS else variant]
+                    engine = running["plugin" if variant in ours else variant]
                     generate(engine, work, batch, 1)  # fills the prefix cache
-                    if variant in OURS:
-                        engine.ask("reset", changes=OURS[variant])
+                    if variant in ours:
+                        engine.ask("reset", changes=ours[variant])
                     tokens = args.max_tokens if number >= 0 else 16
                     speed, texts[variant] = generate(engine, work, batch, tokens)
                     if number >= 0:
                         speeds[cell][variant].append(speed)
-                    if variant in OURS:
+                    if variant in ours:
                         stats[cell][variant] = engine.ask("stats")
                     bar.update()
-                differs[cell] |= {v for v in OURS if texts[v] != texts["no drafts"]}
+                differs[cell] |= {v for v in ours if texts[v] != texts["no drafts"]}
     finally:
         for engine in running.values():
             engine.close()
     return {
-        "provenance": provenance({**vars(args), "json": str(args.json)}),
+        "provenance": provenance(plain(args)),
         "tokens_per_s": speeds,
         "last_stats": stats,
         "text_differs": {cell: sorted(v) for cell, v in differs.items()},
     }
+
+
+def plain(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as JSON can hold them."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -125,21 +134,30 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def arguments(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--workloads", nargs="+", default=["code"], choices=WORKLOADS)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
-    parser.add_argument("--length", type=int, default=4, help="vLLM's chains")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--waves", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the figures")
+    return parser
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--length", type=int, default=4, help="vLLM's chains")
     args = parser.parse_args()
-    report = measure(args)
+    report = measure(args, engines(args.length), OURS)
+    finish(report, args.json)
+
+
+def finish(report: dict[str, Any], path: Path | None) -> None:
     print(table(report))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if path:
+        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -78,9 +78,9 @@ def children(
     logits: torch.Tensor,
     views: Sequence[RequestView],
     owners: Ints,
-    depth: int,
+    depth: int | Ints,
     shape: Shape,
-    spread: float,
+    spread: float | Floats,
     generator: Callable[[torch.device], torch.Generator] | None = None,
 ) -> Candidates:
     """The likeliest next tokens after some nodes, or drawn ones.
@@ -89,7 +89,7 @@ def children(
         logits: ``[m, vocab]`` of the draft model; overwritten.
         views: the requests.
         owners: ``[m]`` which of them each row belongs to.
-        depth: of the children.
+        depth: of the children; one for all or ``[m]``, as is the next but one.
         shape: how many there may be.
         spread: s above.
         generator: what to draw with on a device.
@@ -109,8 +109,10 @@ def children(
         laws = draw(part, generator(part.device))
         logits[rows] = part
     keys, tokens = logits.topk(min(shape.siblings, logits.shape[1]), dim=-1)
-    total = torch.logsumexp(logits / spread, dim=-1, keepdim=True)
-    likely = torch.exp(keys / spread - total).double().cpu().numpy().clip(0.0, 1.0)
+    s = torch.as_tensor(spread, dtype=logits.dtype, device=logits.device)
+    s = s.expand(len(logits))[:, None]
+    total = torch.logsumexp(logits / s, dim=-1, keepdim=True)
+    likely = torch.exp(keys / s - total).double().cpu().numpy().clip(0.0, 1.0)
     if len(drawn):
         likely[drawn] = by_rank(len(drawn), likely.shape[1])
         # A token that q has no mass for cannot have been drawn.
@@ -119,7 +121,10 @@ def children(
 
 
 def couple(
-    logits: torch.Tensor, views: Sequence[RequestView], owners: Ints, depth: int
+    logits: torch.Tensor,
+    views: Sequence[RequestView],
+    owners: Ints,
+    depth: int | Ints,
 ) -> None:
     """Turns logits into the keys k of this module, in place; at T = 0 they are.
 
@@ -127,7 +132,8 @@ def couple(
         logits: ``[m, vocab]`` of the draft model.
         views: the requests.
         owners: ``[m]`` which of them each row belongs to.
-        depth: of the tokens to be chosen, 1 after the last known token.
+        depth: of the tokens to be chosen, 1 after the last known token; one for
+            all or ``[m]``.
     """
     temperatures = np.array([views[i].temperature for i in owners.tolist()])
     drawing = np.flatnonzero(temperatures > 0)
@@ -135,10 +141,13 @@ def couple(
         return
     rows = torch.from_numpy(drawing).to(logits.device)
     part = _cut(logits[rows], [views[owners[i]] for i in drawing.tolist()])
-    own, place = np.unique(owners[drawing], return_inverse=True)
+    lengths = np.array([len(view.tokens) for view in views], dtype=np.int64)
+    positions = (lengths[owners] + depth - 1)[drawing]
+    # Rows of one request and depth have one noise.
+    keys, place = np.unique((owners[drawing] << 32) | positions, return_inverse=True)
     noise = gumbel_rows(
-        np.array([views[i].seed for i in own.tolist()], dtype=np.uint64),
-        np.array([len(views[i].tokens) + depth - 1 for i in own.tolist()]),
+        np.array([views[i].seed for i in (keys >> 32).tolist()], dtype=np.uint64),
+        keys & 0xFFFFFFFF,
         logits.shape[1],
         logits.device,
     )

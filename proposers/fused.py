@@ -34,7 +34,7 @@ from vllm_specplugin.forest import Forest
 from vllm_specplugin.interfaces import EngineInfo, ProposeContext, RequestView
 from vllm_specplugin.registry import PROPOSERS
 
-__all__ = ["MAX_FAILURES", "FusedProposer", "merge"]
+__all__ = ["MAX_FAILURES", "FusedProposer"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,50 +42,7 @@ MAX_FAILURES = 10
 """Calls in a row that a member may fail."""
 
 IntArray = npt.NDArray[np.int32]
-
-
-class Merged(NamedTuple):
-    """All nodes that any member proposed for one request."""
-
-    tokens: list[int]
-    parents: list[int]
-    estimates: list[float]
-    """Of each node, the largest that a member gave."""
-    votes: list[int]
-    """Members that proposed each node."""
-
-
-def merge(trees: Sequence[DraftTree], estimates: Sequence[Any]) -> Merged:
-    """Merges shared prefixes.
-
-    Args:
-        trees: one per member.
-        estimates: for each tree, ``[n]`` its nodes' comparable estimates.
-
-    >>> left, right = DraftTree.chain([1, 2]), DraftTree([1, 3], [-1, -1])
-    >>> merge([left, right], [[0.5, 0.9], [0.7, 0.2]])
-    Merged(tokens=[1, 2, 3], parents=[-1, 0, -1], estimates=[0.7, 0.9, 0.2], \
-votes=[2, 1, 1])
-    """
-    merged = Merged([], [], [], [])
-    index: dict[tuple[int, int], int] = {}
-    for tree, values in zip(trees, estimates):
-        place: list[int] = []
-        for token, parent, value in zip(
-            tree.tokens.tolist(), tree.parents.tolist(), values
-        ):
-            above = place[parent] if parent >= 0 else -1
-            node = index.setdefault((above, token), len(merged.tokens))
-            if node == len(merged.tokens):
-                merged.tokens.append(token)
-                merged.parents.append(above)
-                merged.estimates.append(float(value))
-                merged.votes.append(1)
-            elif node not in place:
-                merged.estimates[node] = max(merged.estimates[node], float(value))
-                merged.votes[node] += 1
-            place.append(node)
-    return merged
+Floats = npt.NDArray[np.float64]
 
 
 class _Member:
@@ -143,6 +100,17 @@ class _Past(NamedTuple):
     """One per member, then the nodes of more than one with their parents."""
 
 
+class _Pool(NamedTuple):
+    """All nodes that any member proposed."""
+
+    forest: Forest
+    """With, of each node, the largest estimate that a member gave."""
+    votes: npt.NDArray[np.int64]
+    """Members that proposed each node."""
+    raised: Floats
+    """What nodes of several members turned out to be worth."""
+
+
 class FusedProposer:
     """Drafts with several proposers at once."""
 
@@ -160,6 +128,9 @@ class FusedProposer:
         )
 
     def __init__(self, config: Config, engine: EngineInfo) -> None:
+        from vllm_specplugin.proposers import _fused_merge  # compiles
+
+        self._compiled: Any = _fused_merge
         self._vocab_size = engine.vocab_size
         self._members = [
             _Member(name, factory(options, engine))
@@ -192,6 +163,14 @@ class FusedProposer:
         return next(iter(asked.values()), {})
 
     @property
+    def needs_hidden(self) -> bool:
+        return any(getattr(m.proposer, "needs_hidden", False) for m in self._members)
+
+    @property
+    def needs_lm_head(self) -> bool:
+        return any(getattr(m.proposer, "needs_lm_head", False) for m in self._members)
+
+    @property
     def needs_top(self) -> int:
         return max((m.needs_top for m in self._members if m.enabled), default=0)
 
@@ -202,33 +181,75 @@ class FusedProposer:
                 m.attempt(partial(_call, m.proposer, "observe_rows", *shown))
 
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
-        self._learn(ctx.requests)
+        views = ctx.requests
+        if not views:
+            return []
+        self._learn(views)
         drafted = [m.draft(ctx, self._vocab_size) for m in self._members]
-        req_ids = [view.req_id for view in ctx.requests]
-        sampled = np.array([view.temperature > 0 for view in ctx.requests], dtype=bool)
-        corrected = [
-            _corrected(m.calibration, trees, sampled, req_ids)
-            for m, trees in zip(self._members, drafted)
-        ]
-        pools = [
-            merge([trees[i] for trees in drafted], [values[i] for values in corrected])
-            for i in range(len(ctx.requests))
-        ]
-        trees = [DraftTree(pool.tokens, pool.parents, pool.estimates) for pool in pools]
-        raised = _corrected(self._agreed, trees, sampled, req_ids)
-        for i, view in enumerate(ctx.requests):
-            agreed = np.array(pools[i].votes) > 1
+        pool = self._pool(views, drafted)
+        agreed, values = pool.votes > 1, pool.forest.estimates
+        values = np.where(agreed, np.maximum(values, pool.raised), values)
+        keep = np.empty(len(values), dtype=np.bool_)
+        most = np.array([view.max_nodes for view in views])
+        self._compiled.likeliest(
+            pool.forest.starts, pool.forest.parents, values, most, keep
+        )
+        shared = self._trees(pool.forest, agreed, pool.forest.estimates)
+        for i, view in enumerate(views):
+            trees = [*(own[i] for own in drafted), shared[i]]
             self._past[view.req_id] = _Past(
-                len(view.tokens),
-                bool(sampled[i]),
-                [*(own[i] for own in drafted), trees[i].take(np.flatnonzero(agreed))],
+                len(view.tokens), view.temperature > 0, trees
             )
-            estimates = trees[i].estimates
-            estimates = np.where(agreed, np.maximum(estimates, raised[i]), estimates)
-            whole = DraftTree(trees[i].tokens, trees[i].parents, estimates)
-            order = np.argsort(-whole.survival, kind="stable")
-            trees[i] = whole.take(np.sort(order[: view.max_nodes]))
-        return trees
+        return self._trees(pool.forest, keep, values)
+
+    def _pool(
+        self, views: Sequence[RequestView], drafted: Sequence[list[DraftTree]]
+    ) -> _Pool:
+        """Makes estimates comparable, and merges shared prefixes."""
+        count = len(views)
+        req_ids = [view.req_id for view in views]
+        sampled = np.array([view.temperature > 0 for view in views], dtype=bool)
+        forest = Forest.of([tree for trees in drafted for tree in trees])
+        owner, values = forest.owner % count, forest.estimates.copy()
+        for k, m in enumerate(self._members):
+            nodes = slice(forest.starts[k * count], forest.starts[(k + 1) * count])
+            values[nodes] = _corrected(
+                m.calibration, values[nodes], forest.depths[nodes], owner[nodes],
+                sampled, req_ids,
+            )  # fmt: skip
+        size = len(forest)
+        starts = np.empty(count + 1, dtype=np.int64)
+        tokens, parents, depths, votes = np.empty((4, size), dtype=np.int64)
+        best = np.empty(size)
+        self._compiled.merge(
+            count, forest.starts, forest.tokens, forest.parents, values,
+            starts, tokens, parents, depths, best, votes,
+        )  # fmt: skip
+        size = int(starts[-1])
+        merged = Forest(
+            starts, tokens[:size], parents[:size], depths[:size], best[:size]
+        )
+        raised = _corrected(
+            self._agreed,
+            merged.estimates,
+            merged.depths,
+            merged.owner,
+            sampled,
+            req_ids,
+        )
+        return _Pool(merged, votes[:size], raised)
+
+    def _trees(
+        self, forest: Forest, keep: npt.NDArray[np.bool_], values: Floats
+    ) -> list[DraftTree]:
+        starts = np.empty(len(forest.starts), dtype=np.int64)
+        parents = np.empty(len(forest), dtype=np.int64)
+        self._compiled.pack(forest.starts, forest.parents, keep, starts, parents)
+        tokens, values = forest.tokens[keep], values[keep]
+        return [
+            DraftTree(tokens[a:b], parents[a:b], values[a:b]) if a < b else EMPTY_TREE
+            for a, b in zip(starts.tolist(), starts[1:].tolist())
+        ]
 
     def release(self, req_ids: Sequence[str]) -> None:
         """Forgets requests, here and in every member."""
@@ -269,16 +290,19 @@ class FusedProposer:
         req_ids = [view.req_id for view, _ in told]
         sampled = np.array([past.sampled for _, past in told])
         calibrations = [*(m.calibration for m in self._members), self._agreed]
-        for i, calibration in enumerate(calibrations):
-            forest = Forest.of([past.trees[i] for _, past in told])
-            labels = forest.follow(text)
-            owner = forest.owner[labels.nodes]
+        parts = range(len(calibrations))
+        forest = Forest.of([past.trees[k] for k in parts for _, past in told])
+        labels = forest.follow(np.tile(text, (len(parts), 1)))
+        part, owner = np.divmod(forest.owner[labels.nodes], len(told))
+        for k, calibration in enumerate(calibrations):
+            own = np.flatnonzero(part == k)
+            nodes = labels.nodes[own]
             calibration.observe(
-                forest.estimates[labels.nodes],
-                forest.depths[labels.nodes],
-                sampled[owner],
-                labels.hits,
-                owner,
+                forest.estimates[nodes],
+                forest.depths[nodes],
+                sampled[owner[own]],
+                labels.hits[own],
+                owner[own],
                 req_ids,
             )
 
@@ -289,17 +313,14 @@ def _call(proposer: Any, method: str, *args: Any) -> None:
 
 def _corrected(
     calibration: Calibration,
-    trees: Sequence[DraftTree],
+    estimates: Floats,
+    depths: npt.NDArray[np.int64],
+    owner: npt.NDArray[np.int64],
     sampled: npt.NDArray[np.bool_],
     req_ids: Sequence[str],
-) -> list[npt.NDArray[np.float64]]:
-    forest = Forest.of(trees)
-    owner = forest.owner
+) -> Floats:
     factors = calibration.factors(req_ids)
-    flat = calibration.apply(
-        forest.estimates, forest.depths, sampled[owner], factors[owner]
-    )
-    return np.split(flat, forest.starts[1:-1]) if trees else []
+    return calibration.apply(estimates, depths, sampled[owner], factors[owner])
 
 
 def _resolve(config: FusedProposer.Config) -> list[tuple[str, Any, Any]]:

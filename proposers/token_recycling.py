@@ -3,7 +3,7 @@
 A matrix keeps, for every token, the k tokens that the target last found likeliest
 after it; every verified row rewrites the row of the token it read (2408.08696).
 Nothing is trained, nothing is kept per request, and the matrix serves all
-requests: it takes ``vocabulary * k * 4`` bytes (4.9 MB for 152k tokens and k = 8).
+requests: it takes ``vocabulary * k * 4`` bytes (9.7 MB for 152k tokens and k = 16).
 
 The paper's tree is fixed. Here it is grown best-first: child ``r`` of a node is
 worth ``q[r]``, the share of emitted tokens that stood at rank ``r`` of the row as
@@ -48,10 +48,10 @@ class TokenRecyclingProposer:
     class Config:
         """Options of ``token_recycling``."""
 
-        k: int = option(8, "tokens kept after each token", low=1, high=64)
+        k: int = option(16, "tokens kept after each token", low=1, high=64)
         depth: int = option(6, "deepest node", low=1, high=64)
         min_survival: float = option(
-            0.02, "nodes less likely to be accepted are not drafted", low=0, high=1
+            0.005, "nodes less likely to be accepted are not drafted", low=0, high=1
         )
         coupled: bool = option(
             True, "use the request's noise to rank candidates at temperature > 0"

@@ -12,6 +12,7 @@ from typing import Any
 from vllm_specplugin import __version__
 from vllm_specplugin.config import ROLES
 from vllm_specplugin.errors import ConfigError, SpecPluginError, complain
+from vllm_specplugin.heads.cli import add_commands as add_heads_commands
 
 __all__ = ["main"]
 
@@ -55,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     _add_replay(commands)
     _add_tune(commands)
+    _add_calibration(commands)
+    add_heads_commands(commands)
     return parser
 
 
@@ -82,6 +85,18 @@ def _add_replay(commands: Any) -> None:
         "--plot", type=Path, metavar="FILE", help="draw nodes by step (.svg, .png)"
     )
     replay.set_defaults(run=_replay)
+
+
+def _add_calibration(commands: Any) -> None:
+    report = commands.add_parser(
+        "calibration", help="compare proposers' estimates with what happened"
+    )
+    report.add_argument("traces", nargs="+", type=Path, metavar="TRACE")
+    report.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw reliability (.svg, .png)"
+    )
+    report.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    report.set_defaults(run=_calibration)
 
 
 def _add_tune(commands: Any) -> None:
@@ -153,6 +168,12 @@ def _replay(args: argparse.Namespace) -> int:
         plot=args.plot,
         load=parse_load(args.load) if args.load else None,
     )
+
+
+def _calibration(args: argparse.Namespace) -> int:
+    from vllm_specplugin.reliability import calibration_command
+
+    return calibration_command(args.traces, plot=args.plot, json_path=args.json)
 
 
 def _tune(args: argparse.Namespace) -> int:

@@ -307,6 +307,12 @@ class DraftTree:
         order = np.argsort(-self.survival, kind="stable")
         return self.take(order[:n])
 
+    def no_deeper(self, max_depth: int) -> DraftTree:
+        """Without the nodes below a depth."""
+        if len(self) <= max_depth or self.max_depth <= max_depth:
+            return self
+        return self.take((self.depths <= max_depth).nonzero()[0])
+
     def chain_first(self) -> DraftTree:
         """The same tree with its best chain in front, the rest in order."""
         if self.is_chain:

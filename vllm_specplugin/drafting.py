@@ -125,6 +125,11 @@ class Drafter:
         """Likeliest tokens per row of the target that the proposer asks for."""
         return int(getattr(self._proposer, "needs_top", 0)) if self.enabled else 0
 
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether the proposer reads the target's hidden states."""
+        return self.enabled and bool(getattr(self._proposer, "needs_hidden", False))
+
     def observe_rows(self, *rows: npt.NDArray[np.int32]) -> None:
         """See :class:`~vllm_specplugin.interfaces.RowObserver`."""
         try:
@@ -303,7 +308,7 @@ class Drafter:
                 tree.validate(
                     max_nodes=view.max_nodes, vocab_size=self._engine.vocab_size
                 )
-                checked.append(_no_deeper(tree, view.max_depth))
+                checked.append(tree.no_deeper(view.max_depth))
             except DraftTreeError as error:
                 self._failed("malformed_tree", error)
                 checked.append(None)
@@ -389,10 +394,3 @@ def _remember(
         ends=np.array([r.num_tokens for r in requests], dtype=np.int64),
         kept=np.zeros(len(forest), dtype=np.bool_),
     )
-
-
-def _no_deeper(tree: DraftTree, max_depth: int) -> DraftTree:
-    """Cuts nodes that could never be emitted."""
-    if len(tree) <= max_depth or tree.max_depth <= max_depth:
-        return tree
-    return tree.take((tree.depths <= max_depth).nonzero()[0])

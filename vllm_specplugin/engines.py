@@ -54,9 +54,9 @@ class EngineProcess:
             stdout=subprocess.PIPE,
             stderr=self._log,
             env=child_environment(
-                # One process per engine, none below it, and a plain number of
-                # threads, so that engines measured in turn are alike.
                 **{
+                    # One process per engine, none below it, and a plain number of
+                    # threads, so that engines measured in turn are alike.
                     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
                     "VLLM_LOGGING_LEVEL": "WARNING",
                     "OMP_NUM_THREADS": str(min(2, os.cpu_count() or 1)),

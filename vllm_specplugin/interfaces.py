@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from vllm_specplugin.draft import DraftTree
 from vllm_specplugin.noise import PHILOX
+from vllm_specplugin.target_rows import RowObserver, TargetRows
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,7 @@ __all__ = [
     "Scorer",
     "Steer",
     "StepOutcome",
+    "TargetRows",
     "TrimContext",
 ]
 
@@ -56,6 +58,11 @@ class EngineInfo:
     max_model_len: int
     max_num_seqs: int
     max_nodes: int
+    hidden_size: int = 0
+    """Width of the target's last hidden state; 0 if unknown."""
+    device: str = "cpu"
+    dtype: str = "float32"
+    """Where the target computes, and in what, in torch's words."""
     graph_sizes: Sequence[int] = ()
     """Token counts that steps are padded to (captured CUDA graphs)."""
     fingerprint: str = ""
@@ -170,6 +177,8 @@ class ProposeContext:
     """For a proposer whose ``speculative`` asked for a draft model."""
     native: NativeDrafts | None = None
     """For a proposer whose ``speculative`` asked for another of vLLM's methods."""
+    target: TargetRows | None = None
+    """For a proposer with ``needs_hidden``."""
     rate: float = 0.0
     """Tokens per second that the engine emits now, if the policy knows: what a
     second of drafting has to win. 0 if unknown."""
@@ -202,29 +211,6 @@ class Proposer(Protocol):
     def release(self, req_ids: Sequence[str]) -> None:
         """Called when requests finish or are aborted (not on preemption),
         before any of their ids is used again. Unknown ids are to be ignored."""
-        ...
-
-
-class RowObserver(Protocol):
-    """A proposer that learns from the target's rows also has this."""
-
-    needs_top: int
-    """Tokens per row it wants to see; 0 for none."""
-
-    def observe_rows(
-        self,
-        tokens: npt.NDArray[np.int32],
-        top: npt.NDArray[np.int32],
-        emitted: npt.NDArray[np.int32],
-    ) -> None:
-        """Called after each step, before drafting, with all its rows.
-
-        Args:
-            tokens: ``[rows]`` the token each row read, -1 for padding.
-            top: ``[rows, needs_top]`` tokens of the target's largest logits
-                before the request's processing, the largest first; -1 for none.
-            emitted: ``[rows]`` the token emitted from the row, -1 for none.
-        """
         ...
 
 

@@ -123,6 +123,7 @@ PROPOSERS = Registry(
     {
         "draft_model": "vllm_specplugin.proposers.draft_model:DraftModelProposer",
         "fused": "vllm_specplugin.proposers.fused:FusedProposer",
+        "medusa": "vllm_specplugin.proposers.medusa:MedusaProposer",
         "none": "vllm_specplugin.proposers.none:NoProposer",
         "ngram": "vllm_specplugin.proposers.ngram:NgramProposer",
         "suffix": "vllm_specplugin.proposers.suffix:SuffixProposer",

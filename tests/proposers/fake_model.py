@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vllm_specplugin.interfaces import ProposeContext, RequestView
+from tests.proposers.fake_heads import HIDDEN
+from vllm_specplugin.interfaces import ProposeContext, RequestView, TargetRows
 
 
 class FakeDraftModel:
@@ -74,10 +75,14 @@ def equipped(views: Sequence[RequestView], vocab_size: int) -> ProposeContext:
     """A context with everything that a proposer may ask for."""
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(vocab_size, vocab_size, generator=generator) * 2
+    last = torch.tensor([int(view.tokens[-1]) for view in views], dtype=torch.long)
     return ProposeContext(
         requests=views,
         draft_model=FakeDraftModel(views, table),
         native=FakeNative(views, [1, 2, 3, -1]),
+        target=TargetRows(
+            hidden=table[last, :HIDDEN], lm_head=lambda h: h @ table[:HIDDEN]
+        ),
     )
 
 

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 
 from tests.conformance.test_registered import view
+from tests.proposers.fake_heads import heads_folder
+from tests.proposers.fake_model import equipped
 from vllm_specplugin.config import parse_options
 from vllm_specplugin.draft import EMPTY_TREE, DraftTree
 from vllm_specplugin.errors import ConfigError
+from vllm_specplugin.forest import Forest
 from vllm_specplugin.interfaces import EngineInfo, ProposeContext
-from vllm_specplugin.proposers.fused import MAX_FAILURES, FusedProposer, merge
+from vllm_specplugin.proposers import _fused_merge
+from vllm_specplugin.proposers.fused import MAX_FAILURES, FusedProposer
 
 ENGINE = EngineInfo(vocab_size=30, max_model_len=256, max_num_seqs=8, max_nodes=16)
 
@@ -83,21 +87,74 @@ def paths(tree, values) -> dict[tuple[int, ...], float]:
     }
 
 
+def random_trees(rng, count) -> list[DraftTree]:
+    trees = [EMPTY_TREE]
+    for _ in range(count - 1):
+        raw = DraftTree.from_paths(rng.integers(0, 3, (4, int(rng.integers(1, 4)))))
+        trees.append(DraftTree(raw.tokens, raw.parents, rng.random(len(raw))))
+    return [trees[i] for i in rng.permutation(count)]
+
+
 def test_merging_keeps_every_path_once_with_its_best_estimate():
     rng = np.random.default_rng(0)
-    for _ in range(200):
-        trees, want = [], {}
-        for _ in range(3):
-            raw = DraftTree.from_paths(rng.integers(0, 3, (4, int(rng.integers(1, 4)))))
-            trees.append(DraftTree(raw.tokens, raw.parents, rng.random(len(raw))))
-            for path, value in paths(trees[-1], trees[-1].estimates).items():
-                want.setdefault(path, []).append(value)
-        pool = merge(trees, [tree.estimates for tree in trees])
-        tree = DraftTree(pool.tokens, pool.parents, pool.estimates)
-        got = paths(tree, tree.estimates)
-        assert got == {path: max(values) for path, values in want.items()}
-        votes = paths(tree, pool.votes)
-        assert votes == {path: len(values) for path, values in want.items()}
+    for _ in range(100):
+        members = [random_trees(rng, 4) for _ in range(3)]
+        forest = Forest.of([tree for trees in members for tree in trees])
+        size = len(forest)
+        starts = np.empty(5, dtype=np.int64)
+        tokens, parents, depths, votes = np.empty((4, size), dtype=np.int64)
+        values = np.empty(size)
+        _fused_merge.merge(
+            4, forest.starts, forest.tokens, forest.parents, forest.estimates,
+            starts, tokens, parents, depths, values, votes,
+        )  # fmt: skip
+        for i in range(4):
+            want: dict[tuple[int, ...], list[float]] = {}
+            for trees in members:
+                for path, value in paths(trees[i], trees[i].estimates).items():
+                    want.setdefault(path, []).append(value)
+            nodes = slice(starts[i], starts[i + 1])
+            above = parents[nodes]
+            tree = DraftTree(tokens[nodes], np.where(above >= 0, above - starts[i], -1))
+            assert paths(tree, values[nodes]) == {p: max(v) for p, v in want.items()}
+            assert paths(tree, votes[nodes]) == {p: len(v) for p, v in want.items()}
+            assert depths[nodes].tolist() == tree.depths.tolist()
+
+
+def test_a_members_twins_are_one_vote():
+    tree = DraftTree([1, 1, 2], [-1, -1, 1], [0.3, 0.4, 0.5])
+    starts, size = np.array([0, 3]), 3
+    out_starts = np.empty(2, dtype=np.int64)
+    tokens, parents, depths, votes = np.empty((4, size), dtype=np.int64)
+    forest, values = Forest.of([tree]), np.empty(size)
+    _fused_merge.merge(
+        1, starts, forest.tokens, forest.parents, forest.estimates,
+        out_starts, tokens, parents, depths, values, votes,
+    )  # fmt: skip
+    assert out_starts.tolist() == [0, 2]
+    assert tokens[:2].tolist() == [1, 2] and parents[:2].tolist() == [-1, 0]
+    assert votes[:2].tolist() == [1, 1]
+
+
+def test_choosing_and_packing_is_what_trees_do_by_themselves():
+    rng = np.random.default_rng(1)
+    for _ in range(100):
+        trees = random_trees(rng, 5)
+        forest = Forest.of(trees)
+        most = rng.integers(0, 6, 5)
+        keep = np.empty(len(forest), dtype=np.bool_)
+        _fused_merge.likeliest(
+            forest.starts, forest.parents, forest.estimates, most, keep
+        )
+        starts = np.empty(6, dtype=np.int64)
+        parents = np.empty(len(forest), dtype=np.int64)
+        _fused_merge.pack(forest.starts, forest.parents, keep, starts, parents)
+        for i, tree in enumerate(trees):
+            order = np.argsort(-tree.survival, kind="stable")
+            expected = tree.take(np.sort(order[: most[i]]))
+            nodes = slice(starts[i], starts[i + 1])
+            assert forest.tokens[keep][nodes].tolist() == expected.tokens.tolist()
+            assert parents[nodes].tolist() == expected.parents.tolist()
 
 
 def test_the_likeliest_nodes_fill_the_budget():
@@ -164,6 +221,18 @@ def test_members_get_their_share_of_rows_and_every_release():
     draft(proposer, [5])
     proposer.release(["a"])
     assert right.released == left.released == ["a"] and not proposer._past
+
+
+def test_a_member_may_read_hidden_states():
+    values = {"members": ["ngram", "medusa"],
+              "member_options": {"medusa": {"model": heads_folder(0)}}}  # fmt: skip
+    proposer = FusedProposer(
+        parse_options(FusedProposer.Config, values, "fused"), ENGINE
+    )
+    assert proposer.needs_hidden and proposer.needs_lm_head
+    assert not make("Left").needs_hidden and not make("Left").needs_lm_head
+    [tree] = proposer.propose(equipped([view("a", [5])], ENGINE.vocab_size))
+    assert len(tree)
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_the_last_row_of_a_token_stays():
 
 
 def test_ranks_are_learnt_from_the_row_as_it_was():
-    proposer = make(k=2)
+    proposer = make(k=2, min_survival=0.05)
     guess = proposer.ranks()
     show(proposer, [(4, [5, 6], 5)])
     assert (proposer.ranks() == guess).all(), "nothing was known of token 4"

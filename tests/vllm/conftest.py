@@ -128,7 +128,7 @@ SWITCH = {
     "policy": "fixed",  # the trees that a test wants are all verified
     "max_nodes": MAX_NODES,
     "options": {
-        "draft_timeout_ms": 150.0,
+        "draft_timeout_ms": 3000.0,
         "max_failures": 10_000,
         "request_scorers": list(SCORERS.names()),
     },

@@ -13,7 +13,9 @@ from .conftest import ENGINES, Engine
 
 Get = Callable[[str], Engine]
 TEMPERATURES = [0.0, 0.7, 1.0]
-PROPOSERS = ["ngram", "suffix", "token_recycling", "fused", "random", "oracle"]
+PROPOSERS = [
+    "ngram", "suffix", "token_recycling", "medusa", "fused", "random", "oracle"
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

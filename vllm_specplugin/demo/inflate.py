@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
     from transformers import LlamaConfig, LlamaForCausalLM
 
-__all__ = ["inflate", "inflated_model"]
+__all__ = ["basis", "inflate", "inflated_model"]
 
 _VERSION = 1
 """Part of the cache key: raise it when the weights come out differently."""
@@ -170,6 +170,15 @@ def _config(
     return LlamaConfig.from_dict(values)
 
 
+def basis(h: int, H: int, generator: Generator) -> Tensor:
+    """``P``."""
+    import torch
+
+    noise = torch.randn(H, h, generator=generator, dtype=torch.float64)
+    P: Tensor = torch.linalg.qr(noise)[0].float()
+    return P
+
+
 def _weights(
     small: LlamaForCausalLM, config: LlamaConfig, seed: int
 ) -> dict[str, Tensor]:
@@ -179,8 +188,7 @@ def _weights(
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = small.state_dict()
     h, H = small.config.hidden_size, config.hidden_size
-    noise = torch.randn(H, h, generator=generator, dtype=torch.float64)
-    P: Tensor = torch.linalg.qr(noise)[0].float()
+    P = basis(h, H, generator)
 
     def read(weight: Tensor, norm: Tensor) -> Tensor:
         return weight @ (norm[:, None] * P.T * math.sqrt(h / H))

@@ -1,6 +1,6 @@
 """Finds the embedded models.
 
-They live in the repository, not in the wheel: 16 MB of weights that only tests
+They live in the repository, not in the wheel: 19 MB of weights that only tests
 and the demo read.
 """
 

@@ -1,23 +1,26 @@
 """What a proposer is shown of the target's rows, if it asks for it.
 
-A proposer asks with ``needs_top``; see
-:class:`~vllm_specplugin.interfaces.RowObserver`. Only the first rank of tensor
+A proposer asks with ``needs_top`` for likely tokens of all rows, with
+``needs_hidden`` for the hidden state of the rows that the last tokens came from;
+see :mod:`vllm_specplugin.target_rows`. Only the first rank of tensor
 parallelism drafts, so only that one looks: it has the logits of the whole
 vocabulary whether vLLM gathers them on all ranks or on the first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_specplugin.interfaces import ScoreResult
+from vllm_specplugin.errors import UnsupportedError, complain
+from vllm_specplugin.interfaces import ScoreResult, TargetRows
 from vllm_specplugin.layout import StepLayout
 
-__all__ = ["likeliest", "show", "show_rows"]
+__all__ = ["likeliest", "one_rank_only", "show", "show_rows", "target_rows"]
 
 IntArray = npt.NDArray[np.int32]
 
@@ -79,3 +82,43 @@ def show(
     emitted = np.full(layout.num_rows, -1, dtype=np.int32)
     emitted[result.rows[emits]] = result.tokens[emits]
     drafter.observe_rows(tokens, top, emitted)
+
+
+def one_rank_only(proposer: Any, ranks: int) -> None:
+    """Refuses a proposer that calls the target's lm_head where that takes all
+    ranks: only the first drafts.
+
+    Raises:
+        UnsupportedError: it does, and there are several.
+    """
+    if ranks > 1 and getattr(proposer, "needs_lm_head", False):
+        raise UnsupportedError(
+            complain(
+                f"a proposer that uses the target's lm_head on {ranks} ranks",
+                "one rank: the first drafts for all",
+                "use heads with lm_heads of their own, or a model-free proposer",
+            )
+        )
+
+
+def target_rows(
+    runner: Any, sample_hidden_states: torch.Tensor, indices: Sequence[int]
+) -> TargetRows | None:
+    """What the proposer sees of the target, ``None`` if it does not ask.
+
+    Args:
+        runner: after its step was sampled.
+        sample_hidden_states: ``[rows, hidden_size]`` of the step's logits.
+        indices: of the requests in the runner's batch.
+    """
+    spec = runner.spec
+    if not spec.drafter.needs_hidden:
+        return None
+    rows = torch.from_numpy(spec.emitted_from[np.asarray(indices, dtype=np.intp)])
+
+    def lm_head(hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = runner.model.compute_logits(hidden)
+        return logits.float()
+
+    hidden = sample_hidden_states[rows.to(sample_hidden_states.device).long()]
+    return TargetRows(hidden=hidden, lm_head=lm_head)

@@ -39,6 +39,12 @@ class NativeCall:
         self._rest = rest
         self._drafted: Any = None
 
+    @property
+    def sample_hidden_states(self) -> torch.Tensor:
+        """``[rows, hidden_size]`` of the rows that the step has logits of."""
+        found: torch.Tensor = self._rest[3]
+        return found
+
     def of(self, req_ids: Sequence[str]) -> _Drafts:
         """What a proposer is shown, for some of the requests."""
         index = self._runner.input_batch.req_id_to_index

@@ -188,6 +188,7 @@ class TreeRunnerV1:
         )
         result = score(spec, batch)
         show_rows(self, top, result)
+        spec.emitted_from = result.rows[np.arange(len(req_ids)), result.lengths - 1]
         if step.plan is not None:
             moves = layout.moves(result.rows, result.lengths)
             spec.metrics.kv_rows_moved += compact(self, step.plan, moves)

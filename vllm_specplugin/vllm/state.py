@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.draft import DraftTree
 from vllm_specplugin.draft_request import DraftRequest
@@ -19,6 +21,7 @@ from vllm_specplugin.scoring import RequestScorer
 from vllm_specplugin.trace import TraceWriter
 from vllm_specplugin.vllm.draft_lm import PagedDraftModel
 from vllm_specplugin.vllm.engine_info import describe_engine
+from vllm_specplugin.vllm.features import one_rank_only, target_rows
 from vllm_specplugin.vllm.native_drafts import NativeCall
 from vllm_specplugin.vllm.observer import Observer
 from vllm_specplugin.vllm.speculator_v2 import NativeDraftsV2
@@ -49,6 +52,7 @@ class SpecState:
         self.scorer = RequestScorer(config, self.engine)
         self.fallback_scorer = ExactScorer(None, self.engine)
         self.proposer = proposer = build(config, "proposer", self.engine)
+        one_rank_only(proposer, runner.parallel_config.world_size)
         self.drafter = Drafter(
             proposer,
             build(config, "policy", self.engine),
@@ -71,6 +75,8 @@ class SpecState:
         self.follows_native = bool(getattr(proposer, "native", False))
         self.native: NativeCall | NativeDraftsV2 | None = None
         """The call of vLLM's drafter that is due in this step."""
+        self.emitted_from = np.zeros(0, dtype=np.int32)
+        """``[requests]`` row of the step that each last token was emitted from."""
         self.drafts_wait = False
         """Whether drafts are due once the sampled tokens are booked."""
         self.idle_since = time.perf_counter()
@@ -88,10 +94,20 @@ class SpecState:
                 [index[view.req_id] for view in views],
                 [len(view.tokens) for view in views],
             )
-        call = self.native
-        native = None if call is None else call.of([view.req_id for view in views])
+        call, native, target = self.native, None, None
+        if call is not None:
+            req_ids = [view.req_id for view in views]
+            native = call.of(req_ids)
+            place = self._runner.input_batch.req_id_to_index
+            target = target_rows(
+                self._runner, call.sample_hidden_states, [place[r] for r in req_ids]
+            )
         return ProposeContext(
-            requests=views, draft_model=session, native=native, **prices
+            requests=views,
+            draft_model=session,
+            native=native,
+            target=target,
+            **prices,
         )
 
     def close(self) -> None:

@@ -103,6 +103,8 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
     "vllm.config:VllmConfig.num_lookahead_tokens": None,
     f"{_RUNNER}.load_model": None,
     f"{_RUNNER}.initialize_kv_cache": None,
+    # heads on hidden states: those that come fourth to propose_draft_token_ids
+    "vllm.config:ModelConfig.get_hidden_size": ("self",),
     # sampling
     "vllm.v1.sample.sampler:Sampler.apply_logits_processors": (
         "self",

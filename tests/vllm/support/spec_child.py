@@ -8,13 +8,14 @@ import numpy as np
 import spec_drafts
 
 from vllm_specplugin.layout import StepLayout
-from vllm_specplugin.vllm import draft_lm, engine_process, runner_v1
+from vllm_specplugin.vllm import draft_lm, engine_process, runner_v1, state
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows
 
 _WHOLE = {
     "mask": runner_v1.plan_tree_rows,
     "positions": StepLayout.node_positions,
     "compaction": runner_v1.compact,
+    "hidden": state.target_rows,
 }
 
 _WHOLE_DRAFTS = {
@@ -28,6 +29,7 @@ def break_part(llm: Any, request: dict[str, Any]) -> None:
     runner_v1.plan_tree_rows = _WHOLE["mask"]
     StepLayout.node_positions = _WHOLE["positions"]
     runner_v1.compact = _WHOLE["compaction"]
+    state.target_rows = _WHOLE["hidden"]
     part = request["part"]
     if part == "mask":
         runner_v1.plan_tree_rows = _causal_rows
@@ -35,6 +37,8 @@ def break_part(llm: Any, request: dict[str, Any]) -> None:
         StepLayout.node_positions = _flat_positions
     elif part == "compaction":
         runner_v1.compact = lambda runner, plan, moves: 0
+    elif part == "hidden":
+        state.target_rows = _first_row
 
 
 def _causal_rows(trees: Any) -> TreeRows:
@@ -47,6 +51,11 @@ def _causal_rows(trees: Any) -> TreeRows:
     return TreeRows(
         rows.query, rows.request, rows.context, np.array(nodes, dtype=np.uint64)
     )
+
+
+def _first_row(runner: Any, states: Any, indices: Any) -> Any:
+    runner.spec.emitted_from[:] = 0
+    return _WHOLE["hidden"](runner, states, indices)
 
 
 def _flat_positions(layout: StepLayout) -> Any:

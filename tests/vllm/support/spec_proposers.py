@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+from spec_heads import CheckedMedusa
 
 from vllm_specplugin import EMPTY_TREE, PROPOSERS, DraftTree
 from vllm_specplugin.config import parse_options
@@ -15,27 +17,42 @@ from vllm_specplugin.interfaces import EngineInfo, ProposeContext, RequestView
 # A request's `extra_args`: {"use": name, "oracle": [its true output]}.
 
 
-REAL = ("ngram", "suffix", "token_recycling", "fused")
+MODELS = Path(__file__).parents[3] / "examples" / "models"
+REAL = {
+    "ngram": {},
+    "suffix": {},
+    "token_recycling": {},
+    "medusa": {"model": str(MODELS / "medusa"), "min_survival": 0.01},
+    "fused": {},
+}
 
 
 class Switch:
     """Hands each request to the proposer that its options name."""
 
+    needs_hidden = needs_lm_head = True
+
     def __init__(self, config: None, engine: EngineInfo) -> None:
         self._rng = np.random.default_rng(0)
         self._engine = engine
+        self._slept = False
         self._real = {}
-        for name in REAL:
-            factory = PROPOSERS.get(name)
-            options = parse_options(factory.Config, {}, name)
+        for name, values in REAL.items():
+            factory = CheckedMedusa if name == "medusa" else PROPOSERS.get(name)
+            options = parse_options(factory.Config, values, name)
             self._real[name] = factory(options, engine)
 
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
         trees: dict[str, DraftTree] = {}
         for name, proposer in self._real.items():
-            views = [r for r in ctx.requests if r.options.get("use") == name]
-            if views:
-                drafted = proposer.propose(ProposeContext(requests=views))
+            chosen = [
+                i for i, r in enumerate(ctx.requests) if r.options.get("use") == name
+            ]
+            if chosen:
+                views = [ctx.requests[i] for i in chosen]
+                target = ctx.target and ctx.target.take(chosen)
+                ctx_of = ProposeContext(requests=views, target=target)
+                drafted = proposer.propose(ctx_of)
                 trees |= {r.req_id: t for r, t in zip(views, drafted)}
         for request in ctx.requests:
             if request.req_id not in trees:
@@ -74,7 +91,9 @@ class Switch:
             case "not_a_tree":
                 return "tree"  # type: ignore[return-value]
             case "slow":
-                time.sleep(0.2)
+                if not self._slept:  # longer than the engines' limit, but once
+                    time.sleep(3.2)
+                    self._slept = True
                 return DraftTree([5], [-1])
             case "drawn":
                 return self._drawn(request, n)

@@ -1,0 +1,157 @@
+"""Compares the built-in proposers: tokens per second, tokens per step, estimates.
+
+    python examples/bench_drafters.py speed --batch 1 4 16 --rounds 3 --json FILE
+    python examples/bench_drafters.py acceptance --batch 1 4 16 --traces FOLDER
+
+``speed`` runs vLLM without speculation and the plugin with each proposer in turn,
+on the inflated target and under one policy; ratios are taken within a round.
+``acceptance`` counts tokens per request and step with a fixed number of nodes on
+the small target, which computes the same; with ``--traces`` it also records what
+``specplugin calibration`` reads. Both use held-out prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench_draft_model import arguments, finish, measure, plain
+from bench_policies import ENGINE, PLAIN, generate
+from tqdm import tqdm
+
+from vllm_specplugin.demo.inflate import inflated_model
+from vllm_specplugin.demo.inflate_heads import inflated_heads
+from vllm_specplugin.demo.models import model_path
+from vllm_specplugin.demo.provenance import provenance
+from vllm_specplugin.demo.workloads import workload
+from vllm_specplugin.engines import EngineProcess
+
+SHARED = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""For runs in which time does not matter: leaves the machine to others."""
+DRAFT = {"model": str(model_path("draft"))}
+
+
+def drafters(heads: Path) -> dict[str, dict[str, Any]]:
+    """Name to proposer and its options."""
+    medusa = {"model": str(heads)}
+
+    def fused(*members: str) -> dict[str, Any]:
+        known = {"draft_model": DRAFT, "medusa": medusa}
+        options = {name: known[name] for name in members if name in known}
+        return {"proposer": "fused",
+                "options": {"members": members, "member_options": options}}  # fmt: skip
+
+    return {
+        "no drafts": {"proposer": "none", "options": {}},
+        "suffix": {"proposer": "suffix", "options": {}},
+        "ngram": {"proposer": "ngram", "options": {}},
+        "token_recycling": {"proposer": "token_recycling", "options": {}},
+        "medusa": {"proposer": "medusa", "options": medusa},
+        "draft_model": {"proposer": "draft_model", "options": DRAFT},
+        "fused suffix+recycling": fused("suffix", "token_recycling"),
+        "fused suffix+medusa": fused("suffix", "medusa"),
+        "fused suffix+draft_model": fused("suffix", "draft_model"),
+    }
+
+
+def settings(chosen: dict[str, Any], policy: str, **more: Any) -> dict[str, Any]:
+    """Of the plugin, for one proposer."""
+    options = {"proposer": chosen["options"], "policy": {}}
+    return {"proposer": chosen["proposer"], "policy": policy, "options": options,
+            "draft_timeout_ms": 10_000.0, "trace": "", **more}  # fmt: skip
+
+
+def start(
+    name: str, model: str, speculate: bool, eager: bool, **environment: str
+) -> EngineProcess:
+    """One engine; with the plugin also the draft model is loaded."""
+    own = {"proposer": "draft_model", "options": {"proposer": DRAFT}}
+    made = {
+        "model": model,
+        "engine": {**ENGINE, "enforce_eager": eager},
+        "speculate": own if speculate else None,
+    }
+    environment["VLLM_CPU_KVCACHE_SPACE"] = "2"
+    return EngineProcess(name, made, environment=environment)
+
+
+def speed(args: Any) -> dict[str, Any]:
+    small = model_path("target")
+    large = str(inflated_model(small))
+    variants = {
+        name: settings(chosen, args.policy)
+        for name, chosen in drafters(inflated_heads(args.heads, small)).items()
+        if args.only is None or name in {"no drafts", *args.only}
+    }
+    running = {
+        PLAIN: start(PLAIN, large, False, args.eager),
+        "plugin": start("plugin", large, True, args.eager),
+    }
+    return measure(args, running, variants)
+
+
+def acceptance(args: Any) -> dict[str, Any]:
+    small = model_path("target")
+    found: dict[str, dict[str, float]] = {}
+    chosen = {
+        name: made
+        for name, made in drafters(args.heads).items()
+        if name != "no drafts" and (args.only is None or name in args.only)
+    }
+    cells = [
+        (n, t, b) for b in args.batch for n in args.workloads for t in args.temperatures
+    ]
+    policies = ["fixed"] + ["shadow"] * bool(args.traces)
+    with (
+        start("plugin", str(small), True, args.eager, **SHARED) as engine,
+        tqdm(total=len(cells) * len(chosen) * len(policies)) as bar,
+    ):
+        for name, t, batch in cells:
+            work = workload(name, small, args.prompts, 128, temperature=t, seed=3)
+            for variant, made in chosen.items():
+                for policy in policies:
+                    more = {}
+                    if policy == "shadow":
+                        file = f"{variant}-{name}-{t:g}-{batch}.trace".replace(" ", "_")
+                        more = {"trace": str(args.traces / file)}
+                    engine.ask("reset", changes=settings(made, policy, **more))
+                    generate(engine, work, batch, args.max_tokens)
+                    told = engine.ask("stats")
+                    if policy == "fixed":
+                        cell = f"{name} T={t:g} batch {batch}"
+                        rate = told["tokens_per_request_step"]
+                        found.setdefault(cell, {})[variant] = rate
+                        if told["failures"]:
+                            print(cell, variant, told["failures"])
+                    bar.update()
+        engine.ask("reset", changes={"trace": ""})  # ends the last trace
+    return {"provenance": provenance(plain(args)), "tokens_per_request_step": found}
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("what", choices=["speed", "acceptance"])
+    parser.add_argument("--heads", type=Path, default=model_path("medusa"))
+    parser.add_argument("--only", nargs="*", help="names of proposers")
+    parser.add_argument("--policy", default="goodput", help="of speed")
+    parser.add_argument("--prompts", type=int, default=32, help="of acceptance")
+    parser.add_argument("--traces", type=Path, help="folder to record to")
+    parser.add_argument("--eager", action="store_true", help="do not compile")
+    args = parser.parse_args()
+    if args.what == "speed":
+        finish(speed(args), args.json)
+        return
+    if args.traces:
+        args.traces.mkdir(parents=True, exist_ok=True)
+    report = acceptance(args)
+    for cell, row in report["tokens_per_request_step"].items():
+        print(cell)
+        for variant, rate in row.items():
+            print(f"    {variant:<26} {rate:.3f}")
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
