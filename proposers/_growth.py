@@ -35,7 +35,7 @@ import torch
 
 from vllm_specplugin.draft import EMPTY_TREE, DraftTree
 from vllm_specplugin.interfaces import DraftModel, RequestView
-from vllm_specplugin.noise import gumbel_rows
+from vllm_specplugin.noise import PHILOX, gumbel_rows
 from vllm_specplugin.proposers._drawing import Laws, by_rank, draw
 
 __all__ = ["Candidates", "Shape", "children", "couple", "grow"]
@@ -60,6 +60,8 @@ class Shape:
     """Whether candidates at temperature > 0 are chosen with the request's noise."""
     drawn: bool = False
     """Whether they are drawn from q instead."""
+    noise: int = PHILOX
+    """The engine's, see :mod:`vllm_specplugin.noise`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def children(
     """
     drawn, laws = np.zeros(0, dtype=np.int64), None
     if shape.coupled:
-        couple(logits, views, owners, depth)
+        couple(logits, views, owners, depth, shape.noise)
     elif shape.drawn:
         temperatures = np.array([views[i].temperature for i in owners.tolist()])
         drawn = np.flatnonzero(temperatures > 0)
@@ -125,6 +127,7 @@ def couple(
     views: Sequence[RequestView],
     owners: Ints,
     depth: int | Ints,
+    kind: int = PHILOX,
 ) -> None:
     """Turns logits into the keys k of this module, in place; at T = 0 they are.
 
@@ -134,6 +137,7 @@ def couple(
         owners: ``[m]`` which of them each row belongs to.
         depth: of the tokens to be chosen, 1 after the last known token; one for
             all or ``[m]``.
+        kind: the engine's noise.
     """
     temperatures = np.array([views[i].temperature for i in owners.tolist()])
     drawing = np.flatnonzero(temperatures > 0)
@@ -150,6 +154,7 @@ def couple(
         keys & 0xFFFFFFFF,
         logits.shape[1],
         logits.device,
+        kind,
     )
     scale = torch.from_numpy(temperatures[drawing].astype(np.float32))
     index = torch.from_numpy(place).to(logits.device)

@@ -76,6 +76,7 @@ class DraftModelProposer:
             min_survival=config.min_survival,
             coupled=config.choose == "coupled",
             drawn=config.choose == "drawn",
+            noise=engine.noise,
         )
         self._generator = cache(lambda device: torch.Generator(device).manual_seed(0))
         self._clock = clock

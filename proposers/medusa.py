@@ -97,6 +97,7 @@ class MedusaProposer:
             siblings=min(config.siblings, heads.shape.vocab_size),
             min_survival=config.min_survival,
             coupled=config.coupled,
+            noise=engine.noise,
         )
         self._static = {
             sampled: np.ascontiguousarray(

@@ -68,6 +68,7 @@ class NativeProposer:
 
     def __init__(self, config: Config, engine: EngineInfo) -> None:
         self._length = min(config.length, engine.max_nodes)
+        self._noise = engine.noise
 
     @classmethod
     def speculative(cls, config: Config) -> Mapping[str, Any]:
@@ -155,7 +156,7 @@ class NativeModel(NativeProposer):
         if not self._coupled or all(view.temperature == 0 for view in views):
             return None
         owners = np.arange(len(views))
-        return lambda logits, depth: couple(logits, views, owners, depth)
+        return lambda logits, depth: couple(logits, views, owners, depth, self._noise)
 
 
 def _drawn(config: NativeProposer.Config) -> bool:

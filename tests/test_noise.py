@@ -44,6 +44,16 @@ def test_three_implementations_agree(vocab):
         np.testing.assert_allclose(few, compiled[row], atol=2e-6)
 
 
+def test_rows_of_the_other_noise_are_its_tokens():
+    seeds = np.array([1, 2**63 + 5], dtype=np.uint64)
+    positions = np.array([5, 900])
+    rows = gumbel_rows(seeds, positions, 40, CPU, noise.MURMUR)
+    for row, (seed, position) in enumerate(zip(seeds, positions)):
+        few = noise.gumbel(int(seed), int(position), np.arange(40), noise.MURMUR)
+        np.testing.assert_allclose(few, rows[row], atol=2e-6)
+    assert not np.allclose(rows, gumbel_rows(seeds, positions, 40, CPU), atol=0.1)
+
+
 def test_it_is_gumbel_and_independent_across_keys():
     n = 20_000
     rows = noise.gumbel_rows(

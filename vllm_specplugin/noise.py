@@ -130,6 +130,7 @@ def gumbel_rows(
     positions: npt.NDArray[np.int64],
     vocab_size: int,
     device: torch.device,
+    kind: int = PHILOX,
 ) -> torch.Tensor:
     """Noise of the whole vocabulary for several (seed, position) pairs.
 
@@ -138,12 +139,21 @@ def gumbel_rows(
         positions: ``[n]`` positions.
         vocab_size: number of tokens.
         device: where the result lives.
+        kind: the engine's, :data:`PHILOX` or :data:`MURMUR`.
 
     Returns:
         ``[n, vocab_size]`` float32 standard Gumbel values.
     """
     import torch
 
+    if kind == MURMUR:
+        from vllm_specplugin.noise_murmur import gumbel_tensor
+
+        keys, places = (
+            torch.from_numpy(x.astype(np.int64)).to(device)[:, None]
+            for x in (seeds, positions)
+        )
+        return gumbel_tensor(keys, places, torch.arange(vocab_size, device=device))
     if device.type == "cpu":
         u = np.empty((len(seeds), vocab_size), dtype=np.float32)
         _compiled_uniform()(seeds, positions.astype(np.uint64), u)

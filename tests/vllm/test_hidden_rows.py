@@ -12,10 +12,9 @@ from vllm_specplugin import UnsupportedError
 from vllm_specplugin.vllm.features import one_rank_only, target_rows
 
 
-def runner(needs_hidden: bool) -> SimpleNamespace:
+def runner() -> SimpleNamespace:
     return SimpleNamespace(
         spec=SimpleNamespace(
-            drafter=SimpleNamespace(needs_hidden=needs_hidden),
             emitted_from=np.array([3, 4, 6], dtype=np.int32),
         ),
         model=SimpleNamespace(compute_logits=lambda hidden: hidden.bfloat16() * 2),
@@ -24,13 +23,11 @@ def runner(needs_hidden: bool) -> SimpleNamespace:
 
 def test_rows_are_those_that_the_last_tokens_came_from() -> None:
     states = torch.arange(14.0).view(7, 2)
-    rows = target_rows(runner(True), states, [2, 0])
-    assert rows is not None
+    rows = target_rows(runner(), states, [2, 0])
     assert rows.hidden.tolist() == [[12.0, 13.0], [6.0, 7.0]]
     assert rows.take([1]).hidden.tolist() == [[6.0, 7.0]]
     logits = rows.lm_head(rows.hidden)
     assert logits.dtype == torch.float32 and logits[0].tolist() == [24.0, 26.0]
-    assert target_rows(runner(False), states, [0]) is None
 
 
 def test_the_lm_head_is_one_ranks() -> None:

@@ -226,9 +226,11 @@ class DeviceSide:
 
     # ------------------------------------------------------------ drafting
 
-    def draft(self, batch: Any, own: torch.Tensor | None) -> torch.Tensor:
+    def draft(
+        self, batch: Any, own: torch.Tensor | None, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
         """Drafts for the next step; see :meth:`~.host_side.HostSide.draft`."""
-        del own
+        del own, hidden_states
         runner, slots = self._runner, batch.idx_mapping
         states = runner.sampler.sampling_states
         count, most = len(slots), runner.device_trees.max_nodes

@@ -102,23 +102,21 @@ def one_rank_only(proposer: Any, ranks: int) -> None:
 
 
 def target_rows(
-    runner: Any, sample_hidden_states: torch.Tensor, indices: Sequence[int]
-) -> TargetRows | None:
-    """What the proposer sees of the target, ``None`` if it does not ask.
+    runner: Any, hidden_states: torch.Tensor, indices: Sequence[int]
+) -> TargetRows:
+    """What a proposer that asks sees of the target.
 
     Args:
         runner: after its step was sampled.
-        sample_hidden_states: ``[rows, hidden_size]`` of the step's logits.
+        hidden_states: ``[rows, hidden_size]`` of the step's logits.
         indices: of the requests in the runner's batch.
     """
-    spec = runner.spec
-    if not spec.drafter.needs_hidden:
-        return None
-    rows = torch.from_numpy(spec.emitted_from[np.asarray(indices, dtype=np.intp)])
+    emitted_from = runner.spec.emitted_from[np.asarray(indices, dtype=np.intp)]
+    rows = torch.from_numpy(emitted_from)
 
     def lm_head(hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = runner.model.compute_logits(hidden)
         return logits.float()
 
-    hidden = sample_hidden_states[rows.to(sample_hidden_states.device).long()]
-    return TargetRows(hidden=hidden, lm_head=lm_head)
+    own = hidden_states[rows.to(hidden_states.device).long()]
+    return TargetRows(hidden=own, lm_head=lm_head)

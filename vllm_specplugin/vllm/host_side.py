@@ -123,6 +123,8 @@ class HostSide:
         if invalid is not None:
             tokens = np.where(invalid.cpu().numpy(), -1, tokens).astype(np.int32)
         result = score(spec, self._batch(rows, batch, layout, tokens))
+        every = np.arange(len(result.lengths))
+        spec.emitted_from = result.rows[every, result.lengths - 1]
         computed = batch.num_computed_tokens_np + batch.num_scheduled_tokens
         sampled = computed >= batch.prefill_len_np
         if step.plan is not None:
@@ -169,12 +171,15 @@ class HostSide:
 
     # ------------------------------------------------------------ drafting
 
-    def draft(self, batch: Any, own: torch.Tensor | None) -> torch.Tensor:
+    def draft(
+        self, batch: Any, own: torch.Tensor | None, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
         """Drafts for the next step.
 
         Args:
             batch: vLLM's ``InputBatch`` of the step that ends.
             own: ``[requests, k]`` drafts of vLLM's drafter, if it has run.
+            hidden_states: ``[tokens, hidden_size]`` of the step.
 
         Returns:
             ``[requests, num_speculative_tokens]`` int64 on the device.
@@ -183,6 +188,9 @@ class HostSide:
         if own is not None:
             temperatures = runner.sampler.sampling_states.temperature.np
             spec.native = NativeDraftsV2(runner.speculator, batch, own, temperatures)
+        if spec.drafter.needs_hidden:
+            spec.hidden = hidden_states[batch.logits_indices]
+            spec.place = {req_id: i for i, req_id in enumerate(batch.req_ids)}
         drafting: list[int] = []
         requests: list[DraftRequest] = []
         read = batch.num_computed_tokens_np + batch.num_scheduled_tokens
@@ -201,7 +209,7 @@ class HostSide:
                 drafts[index] = tree.tokens.tolist()
                 tokens[index, : len(tree)] = tree.tokens
         self._drafts = DraftTokenIds(list(batch.req_ids), drafts)
-        spec.native = None
+        spec.native = spec.hidden = None
         spec.idle_since = time.perf_counter()
         return torch.from_numpy(tokens).to(runner.device)
 

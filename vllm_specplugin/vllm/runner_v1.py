@@ -224,7 +224,9 @@ class TreeRunnerV1:
     ) -> list[list[int]]:
         propose = super().propose_draft_token_ids  # type: ignore[misc]
         rest = (sampled_token_ids, *args, *kwargs.values())
-        self.spec.native = NativeCall(self, propose, scheduler_output, rest)
+        native = NativeCall(self, propose, scheduler_output, rest)
+        self.spec.native, self.spec.hidden = native, native.sample_hidden_states
+        self.spec.place = self.input_batch.req_id_to_index
         if isinstance(sampled_token_ids, list):
             return self._draft(sampled_token_ids)
         # A model that vLLM drafts with is called before the sampled tokens are

@@ -22,14 +22,29 @@ class TreeSpeculator:
 
     spec_runner: Any
 
-    def propose(self, input_batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def propose(
+        self,
+        input_batch: Any,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         """``[requests, num_speculative_tokens]`` int64, -1 nowhere: what is not
         drafted is not scheduled, or never accepted."""
         runner = self.spec_runner
         own = None
         if runner.spec.follows_native:
             # Also where nothing is to be drafted: it follows the target's text.
-            own = super().propose(input_batch, *args, **kwargs)  # type: ignore[misc]
+            own = super().propose(  # type: ignore[misc]
+                input_batch,
+                attn_metadata,
+                slot_mappings,
+                last_hidden_states,
+                *args,
+                **kwargs,
+            )
         if kwargs.get("dummy_run"):
             shape = (input_batch.num_reqs, runner.num_speculative_steps)
             return (
@@ -37,7 +52,9 @@ class TreeSpeculator:
                 if own is None
                 else own
             )
-        drafts: torch.Tensor = runner.spec_side.draft(input_batch, own)
+        drafts: torch.Tensor = runner.spec_side.draft(
+            input_batch, own, last_hidden_states
+        )
         return drafts
 
 

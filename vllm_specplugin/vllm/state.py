@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.draft import DraftTree
@@ -77,6 +78,10 @@ class SpecState:
         """The call of vLLM's drafter that is due in this step."""
         self.emitted_from = np.zeros(0, dtype=np.int32)
         """``[requests]`` row of the step that each last token was emitted from."""
+        self.hidden: torch.Tensor | None = None
+        """``[rows, hidden_size]`` last hidden states of the step's rows."""
+        self.place: Mapping[str, int] = {}
+        """Index of each request in the two above."""
         self.drafts_wait = False
         """Whether drafts are due once the sampled tokens are booked."""
         self.idle_since = time.perf_counter()
@@ -88,20 +93,18 @@ class SpecState:
     ) -> ProposeContext:
         views = requests
         model, session = self.draft_model, None
+        req_ids = [view.req_id for view in views]
         if model is not None:
             index = self._runner.input_batch.req_id_to_index
             session = model.session(
                 [index[view.req_id] for view in views],
                 [len(view.tokens) for view in views],
             )
-        call, native, target = self.native, None, None
-        if call is not None:
-            req_ids = [view.req_id for view in views]
-            native = call.of(req_ids)
-            place = self._runner.input_batch.req_id_to_index
-            target = target_rows(
-                self._runner, call.sample_hidden_states, [place[r] for r in req_ids]
-            )
+        native = None if self.native is None else self.native.of(req_ids)
+        target = None
+        if self.hidden is not None and self.drafter.needs_hidden:
+            indices = [self.place[req_id] for req_id in req_ids]
+            target = target_rows(self._runner, self.hidden, indices)
         return ProposeContext(
             requests=views,
             draft_model=session,

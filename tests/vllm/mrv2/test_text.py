@@ -48,6 +48,7 @@ def truth(engine: Get, mix: Mix) -> list[list[int]]:
         ("sync", "none"),
         ("sync", "oracle"),
         ("sync", "suffix"),
+        ("sync", "medusa"),
         ("async", "oracle"),
         ("async", "recycling"),
     ],

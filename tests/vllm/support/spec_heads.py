@@ -22,7 +22,8 @@ class CheckedMedusa(MedusaProposer):
         for view, row in zip(ctx.requests, logits):
             last, keys = int(view.tokens[-1]), row
             if view.temperature:
-                noise = gumbel(view.seed, len(view.tokens) - 1, np.arange(len(row)))
+                place, tokens = len(view.tokens) - 1, np.arange(len(row))
+                noise = gumbel(view.seed, place, tokens, self._shape.noise)
                 keys = row / view.temperature + noise
             if keys[last] < keys.max() - 1e-3:
                 raise AssertionError(f"token {last} does not come from this row")
