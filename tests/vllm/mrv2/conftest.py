@@ -113,13 +113,13 @@ def engine() -> Iterator[Callable[[str], EngineProcess]]:
 
 @pytest.fixture(scope="session")
 def prompts() -> list[list[int]]:
-    """Code-like prompts: the shortest, one as long as a root and its nodes, one of
-    a block and a token, and two with a common prefix."""
+    """Code-like prompts: the shortest, one as long as a root and its nodes, two that
+    outgrow their blocks at once, and one that shares a prefix with another."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "target")
     ids = tokenizer.encode(Path(random.__file__).read_text()[:20_000])
-    lengths = [1, MAX_NODES + 1, 33, 100, 119]
+    lengths = [1, MAX_NODES + 1, 31, 95, 119]
     chosen = [ids[i * 211 : i * 211 + n] for i, n in enumerate(lengths)]
     chosen[-1] = chosen[-2][:64] + ids[2000:2055]
     return chosen
