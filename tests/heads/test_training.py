@@ -35,14 +35,14 @@ def train(tiny, folder, **options):
 @pytest.mark.parametrize(("lm_head", "count"), [("own", 2), ("shared", 1), ("tied", 0)])
 def test_heads_learn_what_the_target_will_say(lm_head, count, tiny, tmp_path):
     target = load_target(tiny, "cpu")
-    tie = lm_head == "tied"
+    tie, gain = lm_head == "tied", 0.2 if lm_head == "own" else 0.05
     chosen = settings(lm_head=lm_head, layers=1 + 2 * tie)
     fresh = new_heads(target, chosen)
     before = evaluate(target, fresh, HELD, 32)
     after = train_heads(target, IDS, HELD, chosen, tmp_path, progress=False)
     for k in range(2):
-        assert after[k]["overlap"] > before[k]["overlap"] + (0.05 if tie else 0.2)
-        assert after[k]["same argmax"] > (0.1 if tie else 0.5)
+        assert after[k]["overlap"] > before[k]["overlap"] + gain
+        assert after[k]["same argmax"] > (0.5 if lm_head == "own" else 0.1)
         assert after[k]["top 4"] >= after[k]["same argmax"]
     # One more guess between: one more chance in ten to be wrong.
     assert after[1]["overlap"] < after[0]["overlap"]
