@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_specplugin import __version__
+from vllm_specplugin.ab.arguments import add_commands
 from vllm_specplugin.config import ROLES
 from vllm_specplugin.errors import ConfigError, SpecPluginError, complain
 
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     _add_replay(commands)
     _add_tune(commands)
+    add_commands(commands)
     return parser
 
 
