@@ -362,6 +362,9 @@ class StepOutcome:
     """Requests the proposer was called for before the step."""
     draft_seconds: float
     """What that call took; 0 without a call."""
+    sample_seconds: float = 0.0
+    """Of ``seconds``, those from the logits to the tokens: sampling and scoring.
+    On a GPU the wait for the forward pass falls into them."""
 
 
 @runtime_checkable

@@ -35,7 +35,9 @@ def ab(args: argparse.Namespace) -> int:
 
     print(f"starting {len(plan.variants)} engines ...", file=sys.stderr)
     try:
-        with tqdm(unit="run", file=sys.stderr, dynamic_ncols=True, smoothing=0.1) as bar:
+        with tqdm(
+            unit="run", file=sys.stderr, dynamic_ncols=True, smoothing=0.1
+        ) as bar:
             if served is not None:
                 measure_served(served, record, bar)
             else:
@@ -121,7 +123,9 @@ def _positive(args: argparse.Namespace) -> None:
                 raise _wrong(f"{flag} {one}", "at least 1", "raise it")
     if not 0.5 <= args.confidence < 1:
         raise _wrong(
-            f"--confidence {args.confidence}", "0.5 to below 1", "write for example 0.99"
+            f"--confidence {args.confidence}",
+            "0.5 to below 1",
+            "write for example 0.99",
         )
     for name in ("temperature", "rate", "concurrency"):
         for one in getattr(args, name) or []:
@@ -138,13 +142,13 @@ def check_model(model: str | None) -> None:
     if not model:
         raise _wrong("no --model", "a hub id or a path", "name one, or use --url")
     path = Path(model).expanduser()
-    if model[0] in "./~" or model.count("/") > 1 or path.exists():
-        if not (path / "config.json").is_file() and not path.is_file():
-            raise _wrong(
-                f"--model {model}",
-                "a folder with config.json, or a hub id",
-                "check the path",
-            )
+    is_path = model[0] in "./~" or model.count("/") > 1 or path.exists()
+    if is_path and not (path / "config.json").is_file() and not path.is_file():
+        raise _wrong(
+            f"--model {model}",
+            "a folder with config.json, or a hub id",
+            "check the path",
+        )
 
 
 def _urls(args: argparse.Namespace) -> list[Variant]:

@@ -1,11 +1,11 @@
 """Offline batches: interleaved rounds in engines that live side by side.
 
 Per round and cell every variant generates for the same prompts with the same
-seeds, one after the other; who goes first changes from round to round. Prompts are put into
-the prefix cache before the clock starts, so that decoding is timed, and before each
-timed run this plugin's proposers and policies forget what they learnt: nobody is
-helped by having drafted the same text before. Tokens are counted in what the engine
-returns.
+seeds, one after the other; who goes first changes from round to round. Prompts are
+put into the prefix cache before the clock starts, so that decoding is timed, and
+before each timed run this plugin's proposers and policies forget what they learnt:
+nobody is helped by having drafted the same text before. Tokens are counted in what
+the engine returns.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """Settings, for provenance."""
-        names = ("model", "rounds", "max_tokens", "prompt_tokens", "engine")
-        names += ("prefill", "stop_at_eos", "seed", "confidence")
+        left_out = {"variants", "cells", "prompts"}
+        names = [name for name in self.__slots__ if name not in left_out]
         return {name: getattr(self, name) for name in names}
 
 
@@ -196,10 +196,16 @@ class _Runner:
         self, variant: Variant, engine: EngineProcess, cell: Cell, *, logprobs: bool
     ) -> None:
         record, key = self._record, (variant.name, cell.label)
-        asked = {"logprobs": 0} if logprobs else {}
+        asked: dict[str, Any] = {"logprobs": 0} if logprobs else {}
         answer = self._run(variant, engine, cell, 0, parts=True, **asked)
         if answer["parts"] is not None:
-            record.parts[key] = answer["parts"]
+            spec = answer["spec"]
+            record.parts[key] = {
+                **answer["parts"],
+                "tokens": sum(map(len, answer["tokens"])),
+                "drafted": spec["draft_tokens"],
+                "accepted": spec["accepted"],
+            }
         if logprobs:
             record.logprobs[key] = answer["logprobs"]
         if variant.speculate is None:

@@ -26,7 +26,8 @@
                                   ``e2el``, each p50, p90, p99 in ms, and
                                   ``goodput``, requests/s within the limits
                    ``text``       see ``ab.texts``
-                   ``parts``      seconds by part, and steps; see ``vllm.parts``
+                   ``parts``      seconds by part (see ``vllm.parts``), steps, and
+                                  tokens emitted, drafted and accepted in them
 ``runs``           every timed run
 =================  ===========================================================
 """

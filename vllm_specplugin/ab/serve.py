@@ -73,9 +73,7 @@ def measure_served(load: LoadPlan, record: Record, bar: Any) -> None:
     bar.reset(len(plan.variants))
     driver = EngineProcess("benchmark", {}, module=_MODULE)
     servers = {
-        v.name: _start(load, v, i)
-        for i, v in enumerate(plan.variants)
-        if v.url is None
+        v.name: _start(load, v, i) for i, v in enumerate(plan.variants) if v.url is None
     }
     try:
         runner = _LoadRunner(load, record, driver, servers, bar)

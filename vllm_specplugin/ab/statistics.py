@@ -144,7 +144,7 @@ def rounds_needed(
 def _center(x: npt.NDArray[np.float64]) -> Any:
     """Hodges-Lehmann estimate along the last axis."""
     i, j = np.triu_indices(x.shape[-1])
-    return np.median((x[..., i] + x[..., j]) / 2, axis=-1)
+    return np.median(x[..., i] + x[..., j], axis=-1) / 2
 
 
 @lru_cache(maxsize=4096)

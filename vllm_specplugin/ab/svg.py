@@ -1,7 +1,7 @@
 """The few pieces of SVG that the report's plots are made of.
 
 Colours come from the page's style sheet: ``s0`` to ``s7`` are the variants in
-order, ``ink``, ``faint`` and ``grid`` the rest, so that one drawing serves light and dark.
+order, ``ink``, ``faint`` and ``grid`` the rest: one drawing serves light and dark.
 """
 
 from __future__ import annotations
@@ -11,7 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Scale", "circle", "line", "path", "picture", "rect", "series", "text", "ticks"]
+__all__ = [
+    "Scale",
+    "circle",
+    "line",
+    "path",
+    "picture",
+    "rect",
+    "series",
+    "text",
+    "ticks",
+]
 
 SERIES = 8
 
@@ -97,18 +107,16 @@ def rect(
 
 def circle(x: float, y: float, radius: float, kind: str, tip: str = "") -> str:
     """A filled circle; ``tip`` shows when pointed at."""
-    return (
-        f'<circle class="{kind} fill" cx="{x}" cy="{y}" r="{radius}">{_tip(tip)}</circle>'
-    )
+    place = f'cx="{x}" cy="{y}" r="{radius}"'
+    return f'<circle class="{kind} fill" {place}>{_tip(tip)}</circle>'
 
 
 def text(
     x: float, y: float, words: str, *, at: str = "start", kind: str = "ink"
 ) -> str:
     """Words; ``at`` says which end of them is at ``x``."""
-    return (
-        f'<text class="{kind}" x="{x}" y="{y}" text-anchor="{at}">{escape(words)}</text>'
-    )
+    place = f'x="{x}" y="{y}" text-anchor="{at}"'
+    return f'<text class="{kind}" {place}>{escape(words)}</text>'
 
 
 def _tip(words: str) -> str:

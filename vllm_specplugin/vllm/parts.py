@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def timed_parts(llm: Any) -> Iterator[Callable[[float], dict[str, Any] | None]]:
                 if (function := getattr(owner, name, None)) is not None:
                     step = name == "_model_forward"
                     setattr(owner, name, clock.timed(part, function, step))
-                    undo.append(lambda o=owner, n=name: delattr(o, n))
+                    undo.append(partial(delattr, owner, name))
         return True
 
     parallel = llm.llm_engine.vllm_config.parallel_config

@@ -183,6 +183,7 @@ class TreeRunnerV1:
         return metadata, common
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> SamplerOutput:
+        began = time.perf_counter()
         spec, step = self.spec, self.spec.step
         assert step is not None, "_sample() without _prepare_inputs()"
         layout = step.layout
@@ -214,7 +215,7 @@ class TreeRunnerV1:
         if step.plan is not None:
             moves = layout.moves(result.rows, result.lengths)
             spec.metrics.kv_rows_moved += compact(self, step.plan, moves)
-        self._count(result, step)
+        self._count(result, step, began)
         spec.step = None
         return SamplerOutput(
             sampled_token_ids=torch.from_numpy(result.tokens).to(logits.device),
@@ -246,7 +247,7 @@ class TreeRunnerV1:
                 )
             return self.spec.fallback_scorer.score(batch)
 
-    def _count(self, result: ScoreResult, step: Step) -> None:
+    def _count(self, result: ScoreResult, step: Step, began: float) -> None:
         metrics, layout = self.spec.metrics, step.layout
         sampled = ~self.discard_request_mask.np[: len(layout.trees)]
         emitting = np.flatnonzero(sampled).tolist()
@@ -276,6 +277,7 @@ class TreeRunnerV1:
                 gap_seconds=step.started - spec.idle_since,
                 draft_requests=spec.drafter.draft_requests,
                 draft_seconds=spec.drafter.draft_seconds,
+                sample_seconds=now - began,
             ),
             result.tokens[emitting],
         )
