@@ -27,13 +27,13 @@ def test_vllms_methods_get_what_they_need_and_what_is_asked():
 
 
 def test_ours_with_defaults_and_options():
-    ours = parse_variant('suffix:{"max_nodes": 8, "policy": {"step_nodes": 64}}')
+    ours = parse_variant('suffix:{"max_nodes": 8, "proposer": {"max_match": 8}}')
     assert ours.speculate == {
         "proposer": "suffix",
         "scorer": "exact",
         "policy": "goodput",
         "max_nodes": 8,
-        "options": {"policy": {"step_nodes": 64}},
+        "options": {"proposer": {"max_match": 8}},
     }
     assert ours.exact and ours.lossless
     assert not parse_variant("suffix+typical+fixed").lossless

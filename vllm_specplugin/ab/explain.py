@@ -1,8 +1,8 @@
 """``specplugin explain REPORT|TRACE``: where the time went, and what would help.
 
 Everything said follows from measured parts. A *change* is priced by what it would
-leave of the measured time per token: turning speculation off costs what the reference
-was measured to cost; drafting for nothing, verifying only what is accepted, and host
+leave of the measured time: turning speculation off gains what the comparison has
+measured; drafting for nothing, verifying only what is accepted, and host
 work as light as the reference's are bounds, and are called so. The change named is
 the one with the largest price.
 """
@@ -46,8 +46,8 @@ class Parts:
     accepted: int = 0
     reference: Mapping[str, float] = field(default_factory=dict)
     """Seconds per step without drafts, of the parts for which they are known."""
-    reference_token: float | None = None
-    """Seconds per token of the reference, in the same cell."""
+    slower: float = 0.0
+    """How many times slower than the reference, where that was the verdict."""
 
     @property
     def total(self) -> float:
@@ -78,9 +78,8 @@ def changes(parts: Parts) -> list[tuple[float, str]]:
     """
     total = parts.total
     found = []
-    if parts.reference_token is not None:
-        off = total / parts.tokens / parts.reference_token
-        found.append((off, "no speculation here: the reference is faster, measured"))
+    if parts.slower:
+        found.append((parts.slower, "no speculation here: the reference was faster"))
     found.append((_without(total, parts.draft), _DRAFTING))
     if parts.drafted:
         wasted = 1 - parts.accepted / parts.drafted
@@ -127,7 +126,7 @@ def explain_report(report: Mapping[str, Any]) -> list[str]:
             if not row["parts"] or not row["parts"]["steps"]:
                 continue
             plain = base.get(cell["label"]) if variant["name"] != reference else None
-            parts = _parts(row["parts"], plain["parts"] if plain else None)
+            parts = _parts(row, plain)
             title = f"{variant['name']}, {cell['label']}"
             if row["ratio"]:
                 ratio = row["ratio"]
@@ -145,15 +144,16 @@ def explain_report(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _parts(own: Mapping[str, Any], base: Mapping[str, Any] | None) -> Parts:
-    parts = Parts(**own)
-    if base is None:
-        return parts
-    seconds = sum(base[part] for part in _NAMES)
+def _parts(row: Mapping[str, Any], plain: Mapping[str, Any] | None) -> Parts:
+    """The parts of a row, beside those of the reference's."""
+    if plain is None:
+        return Parts(**row["parts"])
+    base, ratio = plain["parts"], row["ratio"]
+    lost = ratio is not None and ratio["verdict"] == "slower"
     return Parts(
-        **own,
+        **row["parts"],
         reference={part: base[part] / base["steps"] for part in _NAMES},
-        reference_token=seconds / base["tokens"],
+        slower=1 / ratio["value"] if lost else 0.0,
     )
 
 
