@@ -183,8 +183,9 @@ def test_repaired_and_relaxed_and_undrafted_are_recorded():
     assert record.parts["baseline", "batch 1, T=0"]["tokens"] == 8
 
 
-def test_of_a_long_cause_the_end_is_kept():
-    text = cause(RuntimeError("x" * 5000 + "the reason"))
-    assert text.endswith("the reason") and len(text) < 2100
+def test_of_a_long_cause_both_ends_are_kept():
+    text = cause(RuntimeError("code 3\n" + "x" * 5000 + "the reason"))
+    assert text.startswith("code 3\n...\n") and text.endswith("the reason")
+    assert len(text) < 2100
     assert Cell(rate=2.5, temperature=1.0).label == "2.5 requests/s, T=1"
     assert Cell(concurrency=4).to_dict() == {"concurrency": 4, "temperature": 0.0}

@@ -79,6 +79,8 @@ class Record:
 
 
 def cause(error: Exception) -> str:
-    """The end of a message: of a log, the last lines say why."""
+    """A message, without the middle of a long log: its last lines say why."""
     text = str(error).strip()
-    return text if len(text) <= _LONGEST_CAUSE else "... " + text[-_LONGEST_CAUSE:]
+    if len(text) <= _LONGEST_CAUSE:
+        return text
+    return f"{text.splitlines()[0][:300]}\n...\n{text[-_LONGEST_CAUSE:]}"

@@ -151,7 +151,7 @@ def _speculate(text: str, head: str, options: dict[str, Any]) -> dict[str, Any]:
             text, "proposer+scorer+policy", "write for example suffix+exact+goodput"
         )
     chosen = dict(zip(("proposer", "scorer", "policy"), parts))
-    chosen = {"scorer": "exact", "policy": "goodput", **chosen}
+    chosen = {"proposer": "", "scorer": "exact", "policy": "goodput", **chosen}
     nodes = options.pop("max_nodes", 16)
     try:
         SpecConfig.from_flags(**chosen, max_nodes=nodes, options=options)
