@@ -44,7 +44,7 @@ def ratio_plot(report: Report) -> str:
     values = [r["value"] for r in ratios]
     low = max(min([*ends, *values, 0.9]) * 0.95, min(values) / 2.5)
     high = min(max([*ends, *values, 1.1]) * 1.05, max(values) * 2.5)
-    x = Scale(low, high, _NAMES, _WIDTH - 210, log=True)
+    x = Scale(low, high, _NAMES, _WIDTH - 250, log=True)
     height = 30 + sum(24 + 24 * len(rows) for _, rows in shown if rows)
     parts = []
     marks = [t for t in _NICE if low <= t <= high]
@@ -73,14 +73,14 @@ def _ratio_row(report: Report, row: Report, x: Scale, y: float) -> list[str]:
     kind = ratio["verdict"].replace(" ", "-")
     known = _known(ratio)
     low, high = (ratio["low"], ratio["high"]) if known else (x.low, x.high)
-    words = f"{ratio['value']:.2f}x  {interval_words(ratio)}"
+    words = f"{ratio['value']:.2f}x ({interval_words(ratio)})"
     tip = f"{row['variant']}: {words}, {ratio['verdict']}, {ratio['rounds']} rounds"
     return [
         circle(10, y, 5, series(_index(report, row["variant"]))),
         text(22, y + 4, _short(row["variant"], 34)),
         line(x(low), y, x(high), y, f"{kind} bar" + ("" if known else " unsure"), 4),
         circle(x(ratio["value"]), y, 5.5, kind, tip),
-        text(_WIDTH - 196, y + 4, words, kind="number"),
+        text(_WIDTH - 236, y + 4, words, kind="number"),
         text(_WIDTH, y + 4, _BRIEF[ratio["verdict"]], at="end", kind=f"{kind} word"),
     ]
 
@@ -92,7 +92,7 @@ def _known(ratio: Report) -> bool:
 _BRIEF = {
     "faster": "faster",
     "slower": "slower",
-    "no difference": "same",
+    "no difference": "no difference",
     "too few rounds": "unclear",
 }
 

@@ -116,7 +116,8 @@ def _cards(report: Report) -> Iterator[str]:
     for index, variant in enumerate(report["variants"]):
         ratios = [r["ratio"] for _, r in rows(report, variant["name"]) if r["ratio"]]
         dot = f"<i class='dot {series(index)}'></i>"
-        name = f"<h3>{dot}{escape(variant['name'])}</h3>"
+        words = escape(variant["name"]).replace("+", "+<wbr>")
+        name = f"<h3>{dot}<span>{words}</span></h3>"
         if index == 0:
             speeds = [r["speed"]["median"] for _, r in rows(report, variant["name"])]
             span = f"{min(speeds):.0f} – {max(speeds):.0f}" if speeds else "none"
@@ -128,8 +129,8 @@ def _cards(report: Report) -> Iterator[str]:
             low, high = min(values), max(values)
             span = f"{low:.2f}x" if high - low < 0.005 else f"{low:.2f} – {high:.2f}x"
             counts = [
-                f"<span class='{k.replace(' ', '-')} chip'>{n} {words}</span>"
-                for k, words in _CHIPS.items()
+                f"<span class='{k.replace(' ', '-')} chip'>{n} {chip}</span>"
+                for k, chip in _CHIPS.items()
                 if (n := sum(r["verdict"] == k for r in ratios))
             ]
             body = f"<b>{span}</b><p>{' '.join(counts)}</p>"
