@@ -110,6 +110,7 @@ def test_the_report_is_json_and_can_be_read_back(tmp_path):
         "count": 2,
         "sha256": PROMPTS.sha256,
         "tokens": {"least": 3, "most": 4},
+        "reused": True,
     }
     assert len(read["runs"]) == 4 * 4 * 10
 

@@ -13,6 +13,8 @@ from vllm_specplugin.ab import serve as module
 from vllm_specplugin.ab.measure import Plan
 from vllm_specplugin.ab.prompts import PromptSet
 from vllm_specplugin.ab.records import Cell, Record
+from vllm_specplugin.ab.report import build_report
+from vllm_specplugin.ab.report_md import markdown
 from vllm_specplugin.ab.serve import LoadPlan, measure_served
 from vllm_specplugin.ab.servers import ServerProcess, free_port, model_at
 from vllm_specplugin.ab.variants import Variant, parse_variants
@@ -97,13 +99,15 @@ def test_both_servers_get_the_same_requests_at_the_same_times(driver):
 
 
 def test_every_round_and_cell_has_prompts_of_its_own(driver):
-    plan = load()
-    measured(plan)
+    record = measured(load())
     runs = [tuple(r["prompts"]) for r in driver.log if r["url"] == "http://a"]
     assert len(set(runs[2:])) == 2 * 3  # after the two warm-ups, which share theirs
     assert not set(runs[:2]) & set(runs[2:])
-    assert not plan.reuses_prompts()
-    assert load(rounds=4).reuses_prompts()
+    assert not build_report(record, PROMPTS, {}, confidence=0.99)["prompts"]["reused"]
+    record = measured(load(rounds=4))
+    report = build_report(record, PROMPTS, {}, confidence=0.99, served=True)
+    assert report["prompts"]["reused"]
+    assert "Prompts came more than once" in markdown(report)
 
 
 def test_speed_is_that_of_all_or_of_a_request(driver):

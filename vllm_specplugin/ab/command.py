@@ -86,9 +86,10 @@ def _plan(args: argparse.Namespace) -> tuple[Plan, LoadPlan | None]:
         variants = parse_variants(args.variant or [])
     cells = _load_cells(args) if served else _batch_cells(args)
     least = args.requests if served else max(args.batch)
+    sets = args.rounds * len(cells) + 1 if served else args.rounds
     prompts = load_prompts(
         args.prompts,
-        most=args.rounds * least,
+        most=sets * least,
         least=least,
         tokens=args.prompt_tokens,
         seed=args.seed,

@@ -3,7 +3,8 @@
 =================  ===========================================================
 ``schema``         1
 ``provenance``     command, date, git SHA, versions, machine, settings
-``prompts``        source, count, SHA-256 of the texts, tokens
+``prompts``        source, count, SHA-256 of the texts, tokens, whether any
+                   was ``reused``
 ``served``         whether load was served over HTTP
 ``confidence``     of intervals and verdicts
 ``interrupted``    whether the run was cut short
@@ -77,6 +78,7 @@ def build_report(
         "prompts": {
             **prompts.describe(),
             "tokens": {"least": min(tokens), "most": max(tokens)} if tokens else None,
+            "reused": _reused(record, prompts),
         },
         "served": served,
         "confidence": confidence,
@@ -103,6 +105,15 @@ def build_report(
         ],
         "runs": record.runs,
     }
+
+
+def _reused(record: Record, prompts: PromptSet) -> bool:
+    """Whether a prompt came in two rounds, or in two served cells."""
+    rounds = 1 + max((run["round"] for run in record.runs), default=0)
+    each = max((len(run["requests"]) for run in record.runs), default=0)
+    served = any(cell.batch is None for cell in record.cells)
+    sets = rounds * (len(record.cells) if served else 1)
+    return sets * each > len(prompts.texts)
 
 
 def _row(

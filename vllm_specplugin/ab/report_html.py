@@ -21,7 +21,6 @@ from vllm_specplugin.ab.plots_svg import (
 )
 from vllm_specplugin.ab.svg import series
 from vllm_specplugin.ab.words import (
-    headlines,
     interval_words,
     notes,
     rows,
@@ -176,7 +175,7 @@ def _table(report: Report) -> str:
                 f"<td class='n'>{interval_words(ratio)}</td>"
                 f"<td class='{kind}'>{escape(verdict_words(ratio))}</td>"
                 f"<td class='n'>{row['drafts']['acceptance_length']:.2f}</td>"
-                f"<td>{escape(same_text(row['text']))}</td>"
+                f"<td>{escape(same_text(row['text']) if ratio else '')}</td>"
                 "</tr>"
             )
     return _grid(head, lines) if lines else ""
@@ -237,7 +236,6 @@ def _list(sentences: list[str]) -> str:
 def _provenance(report: Report) -> str:
     source, prompts = report["provenance"], report["prompts"]
     lines = {
-        "conclusion": " ".join(headlines(report)),
         "command": source["command"],
         "date": source["date"],
         "revision": source["git_sha"] or "unknown",

@@ -50,7 +50,7 @@ def table(report: Mapping[str, Any]) -> list[str]:
                     interval_words(ratio),
                     verdict_words(ratio),
                     f"{row['drafts']['acceptance_length']:.2f}",
-                    same_text(row["text"]),
+                    same_text(row["text"]) if ratio else "",
                 )
             )
     for variant in report["variants"]:

@@ -51,11 +51,6 @@ class LoadPlan:
         """Settings, for provenance."""
         return {"requests": self.requests, "limits": self.limits}
 
-    def reuses_prompts(self) -> bool:
-        """Whether prompts come twice, which flatters drafters that remember."""
-        needed = len(self.plan.cells) * self.plan.rounds * self.requests
-        return len(self.plan.prompts.texts) < needed
-
 
 def check_servers(load: LoadPlan) -> None:
     """Raises :class:`~vllm_specplugin.errors.ConfigError` if a port is taken or

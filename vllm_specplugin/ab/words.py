@@ -119,6 +119,18 @@ def notes(report: Report) -> list[str]:
         "Tokens are counted in what came out, the same way for every variant; "
         "warming up is not counted.",
     ]
+    if report["served"]:
+        found.append(
+            "Served: requests go to one server at a time while the others idle, at the "
+            "same times for each. Speed is tokens per second of all requests where "
+            "their number at a time is given, and of a request, from sending it to its "
+            "last token, where their rate is."
+        )
+    if report["prompts"]["reused"]:
+        found.append(
+            "Prompts came more than once. Offline this plugin's proposers forget "
+            "between runs; servers and vLLM's suffix decoding do not."
+        )
     if report["interrupted"]:
         found.insert(0, "The run was cut short: fewer rounds than asked for.")
     if names := [v["name"] for v in report["variants"] if v["repaired"]]:
