@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
+EXAMPLE = HERE.parents[1] / "examples" / "ab.sh"
 TARGET = HERE.parents[1] / "examples" / "models" / "target"
+OURS = "suffix+exact+goodput"
 ENGINE = {
     "dtype": "float32",
     "enforce_eager": True,
@@ -25,6 +27,7 @@ ENGINE = {
 }
 ENVIRONMENT = {
     **os.environ,
+    "PYTHON": sys.executable,
     "PYTHONPATH": str(HERE / "support"),
     "OMP_NUM_THREADS": "1",
 }
@@ -39,14 +42,15 @@ def command(out: Path, *arguments: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Any, Path]:
+    """The example, and a variant that dies."""
     out = tmp_path_factory.mktemp("ab")
     done = subprocess.run(
-        command(
-            out, "--variant=baseline", "--variant=vllm:ngram", "--variant=suffix",
-            "--variant=dies=ab_proposers:Dies+exact+fixed", "--batch=2",
+        [
+            "bash", EXAMPLE, TARGET, "--variant=dies=ab_proposers:Dies+exact+fixed",
+            f"--engine={json.dumps(ENGINE)}", f"--out={out}", "--batch=2",
             "--temperature", "0", "1", "--rounds=3", "--max-tokens=24",
-            "--prompt-tokens=66", "--prompts=builtin:edits",
-        ),
+            "--prompt-tokens=66",
+        ],
         env=ENVIRONMENT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -61,13 +65,11 @@ def test_every_variant_is_measured_in_every_round(finished):
     done, report, _ = finished
     for cell in (0, 1):
         found = rows(report, cell)
-        assert [found[v]["rounds"] for v in ("baseline", "vllm:ngram", "suffix")] == [
-            3
-        ] * 3
-        assert found["suffix"]["ratio"]["rounds"] == 3
+        assert [found[v]["rounds"] for v in ("baseline", "vllm:ngram", OURS)] == [3] * 3
+        assert found[OURS]["ratio"]["rounds"] == 3
     tokens = {run["tokens"] for run in report["runs"]}
     assert tokens == {48}  # the same on every side
-    assert "| batch 2, T=1 | suffix |" in done.stdout
+    assert "| batch 2, T=1 | suffix+exact+goodput |" in done.stdout
     assert "round 3, batch 2, T=1" in done.stderr
 
 
@@ -84,16 +86,16 @@ def test_texts_are_the_same_where_they_should_be(finished):
     _, report, _ = finished
     cold, warm = rows(report), rows(report, 1)
     assert [
-        (one["to"], one["identical"]) for one in cold["suffix"]["text"]["compared"]
+        (one["to"], one["identical"]) for one in cold[OURS]["text"]["compared"]
     ] == [("baseline", 6), ("itself without drafts", 2)]
     assert cold["vllm:ngram"]["text"]["compared"][0]["identical"] == 6
-    assert warm["suffix"]["text"]["compared"][0]["identical"] == 2
+    assert warm[OURS]["text"]["compared"][0]["identical"] == 2
 
 
 def test_drafts_are_counted_on_both_sides_and_vllms_defect_is_mended(finished):
     _, report, out = finished
     cold = rows(report)
-    for name in ("vllm:ngram", "suffix"):
+    for name in ("vllm:ngram", OURS):
         drafts = cold[name]["drafts"]
         assert 0 < drafts["accepted"] <= drafts["drafted"]
         assert sum(drafts["by_depth"]) * drafts["drafts"] == pytest.approx(
@@ -107,13 +109,13 @@ def test_drafts_are_counted_on_both_sides_and_vllms_defect_is_mended(finished):
 def test_parts_of_a_step_are_measured_for_vllm_and_for_ours(finished):
     _, report, out = finished
     cold = rows(report)
-    for name in ("baseline", "vllm:ngram", "suffix"):
+    for name in ("baseline", "vllm:ngram", OURS):
         parts = cold[name]["parts"]
         assert parts["verify"] > 0 and parts["sample"] > 0 and parts["host"] > 0
         assert (parts["draft"] > 0) == (name != "baseline")
         assert parts["tokens"] == 48
     assert cold["baseline"]["parts"]["steps"] == 24
-    assert cold["suffix"]["parts"]["steps"] <= 24
+    assert cold[OURS]["parts"]["steps"] <= 24
     done = subprocess.run(
         [sys.executable, "-m", "vllm_specplugin.cli", "explain", out / "report.json"],
         capture_output=True, text=True, check=True,
