@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ def ab(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     print(f"starting {len(plan.variants)} engines ...", file=sys.stderr)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         with tqdm(
             unit="run", file=sys.stderr, dynamic_ncols=True, smoothing=0.1

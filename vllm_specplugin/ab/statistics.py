@@ -9,10 +9,12 @@ slows the machine slows both, and the unit of inference is the log ratio
 The interval is a percentile bootstrap over rounds. Plain percentiles are too
 narrow for few rounds, so they are moved out to
 :math:`\Phi(\sqrt{n/(n-1)}\, t_{\alpha/2,n-1})` (Hesterberg 2015, "expanded
-percentiles"). No resample leaves the range of the data, so below
-:data:`FEW_ROUNDS` rounds the interval also covers Student's. Simulated at 99%
-on normal, t3 and spiky noise, an A/A comparison is called different in 0.6 to
-1.5% of cells (``tests/ab/test_statistics.py``).
+percentiles"). Below :data:`FEW_ROUNDS` rounds resampling is too coarse for that. Where
+the range of the rounds alone has the confidence (that all n fall on one side of the
+center has probability :math:`2^{1-n}`, whatever their law: 8 rounds for 99%), the
+interval also covers it; for fewer, Student's interval. Simulated at 99% on normal, t3
+and spiky noise, an A/A comparison is called different in 0.5 to 1.7% of cells
+(``tests/ab/test_statistics.py``).
 """
 
 from __future__ import annotations
@@ -106,7 +108,9 @@ def interval(x: npt.NDArray[np.float64], confidence: float) -> tuple[float, floa
     wide = _student_quantile(tail, n - 1)
     moved = NormalDist().cdf(math.sqrt(n / (n - 1)) * wide)
     low, high = np.quantile(centers, [moved, 1 - moved])
-    if n < FEW_ROUNDS:
+    if n < FEW_ROUNDS and 2 ** (1 - n) <= 2 * tail:
+        low, high = min(low, x.min()), max(high, x.max())
+    elif n < FEW_ROUNDS:
         reach = -wide * float(x.std(ddof=1)) / math.sqrt(n)
         low, high = min(low, x.mean() - reach), max(high, x.mean() + reach)
     return float(low), float(high)
