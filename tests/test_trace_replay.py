@@ -75,6 +75,7 @@ def record(path, policy, options=None, *, requests=3, length=60, limit=5.0):
                 accepted=right, foreseen=right, masked=0, prompt_tokens=0,
                 seconds=0.02 + 0.001 * rows, gap_seconds=0.001,
                 draft_requests=drafter.draft_requests, draft_seconds=0.0001,
+                sample_seconds=0.002,
             ),
             emitted,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_specplugin import __version__
+from vllm_specplugin.ab.arguments import add_commands
 from vllm_specplugin.config import ROLES
 from vllm_specplugin.errors import ConfigError, SpecPluginError, complain
 from vllm_specplugin.heads.cli import add_commands as add_heads_commands
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_tune(commands)
     _add_calibration(commands)
     add_heads_commands(commands)
+    add_commands(commands)
     return parser
 
 

@@ -25,6 +25,7 @@ from vllm_specplugin.registry import POLICIES, PROPOSERS, SCORERS, Registry
 
 __all__ = [
     "CONFIG_KEY",
+    "MEND",
     "ROLES",
     "SpecConfig",
     "build",
@@ -32,6 +33,7 @@ __all__ = [
     "check_option",
     "child_environment",
     "make_stats_dir",
+    "mending_wanted",
     "models_dir",
     "option",
     "parse_options",
@@ -42,6 +44,10 @@ __all__ = [
 
 CONFIG_KEY = "specplugin"
 """Our key in vLLM's ``additional_config``."""
+
+MEND = "SPECPLUGIN_MEND"
+"""Variable that has a defect of vLLM's own speculation mended, in processes that
+only measure."""
 
 ROLES: Mapping[str, Registry] = {
     "proposer": PROPOSERS,
@@ -328,6 +334,11 @@ def models_dir() -> Path | None:
     """Where the embedded models are, if ``$SPECPLUGIN_MODELS`` says so."""
     folder = os.environ.get("SPECPLUGIN_MODELS")
     return Path(folder) if folder else None
+
+
+def mending_wanted() -> bool:
+    """Whether ``$SPECPLUGIN_MEND`` is set."""
+    return bool(os.environ.get(MEND))
 
 
 def child_environment(**changes: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Self
 
 from vllm_specplugin.config import child_environment
@@ -95,12 +96,13 @@ class EngineProcess:
         self._log.seek(0)
         return self._log.read()
 
-    def close(self) -> None:
-        """Ends the process."""
+    def close(self, patience: float = 10) -> None:
+        """Ends the process, after ``patience`` seconds by force. Idempotent."""
         if self._process.stdin:
-            self._process.stdin.close()
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
         try:
-            self._process.wait(timeout=10)
+            self._process.wait(timeout=patience)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -153,12 +153,9 @@ class NativeDrafts(Protocol):
     ) -> tuple[Sequence[Sequence[int]], torch.Tensor | None]:
         """Has the drafter draft chains of up to ``length`` tokens.
 
-        Args:
-            length: most tokens.
-            steer: called with the drafter's logits ``[requests, vocab]`` and the
-                depth of the tokens to choose, to change them in place before the
-                largest are taken. For drafters that are models and choose without
-                chance.
+        ``steer`` is for drafters that are models and choose without chance: it is
+        called with their logits ``[requests, vocab]`` and the depth of the tokens to
+        choose, and changes them in place before the largest are taken.
 
         Returns:
             The chains, one for each of :attr:`ProposeContext.requests`, and
@@ -367,6 +364,9 @@ class StepOutcome:
     """Requests the proposer was called for before the step."""
     draft_seconds: float
     """What that call took; 0 without a call."""
+    sample_seconds: float = 0.0
+    """Of ``seconds``, those from the logits to the tokens: sampling and scoring.
+    On a GPU the wait for the forward pass falls into them."""
 
 
 @runtime_checkable

@@ -9,6 +9,8 @@ and each further line is one step that emitted tokens:
 
 =========  ==============================================================
 ``s``      seconds of the step, from its preparation to its tokens
+``t``      of these, from the logits to the tokens (sampling and scoring); on a
+           GPU the wait for the forward pass falls into them
 ``g``      seconds between the drafting before it and its preparation
 ``d``      seconds of the drafting before it; ``dn``: requests it was for
 ``p``      prompt tokens computed in the same step
@@ -118,6 +120,7 @@ class TraceWriter:
             return
         record: dict[str, Any] = {
             "s": round(outcome.seconds, 6),
+            "t": round(outcome.sample_seconds, 6),
             "g": round(outcome.gap_seconds, 6),
             "d": round(outcome.draft_seconds, 6),
             "dn": outcome.draft_requests,

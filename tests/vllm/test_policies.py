@@ -66,6 +66,7 @@ def test_a_trace_of_the_engine_can_be_replayed(
     texts = one.texts(prompts, "suffix", temperature=0.0)
     one.ask("reset", changes={"trace": ""})  # ends the file
     header, steps = read_trace(path)
+    assert all(0 < step["t"] < step["s"] for step in steps)
     assert header["config"]["policy"] == "shadow"
     lengths: dict[int, int] = {}
     for step in steps:

@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
-__all__ = ["Command", "build_llm", "main", "serve"]
+__all__ = ["Command", "build_llm", "main", "serve", "spec_counters"]
 
 Command = Callable[[Any, dict[str, Any]], Any]
 """``(llm, request) -> answer``."""
@@ -56,14 +56,14 @@ def run(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
         prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
         for prompt in request["prompts"]
     ]
-    before = _spec_counters(llm)
+    before = spec_counters(llm)
     started = time.perf_counter()
     if places := request.get("concurrency"):
         outputs = _closed_loop(llm, prompts, params, places)
     else:
         outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - started
-    after = _spec_counters(llm)
+    after = spec_counters(llm)
     return {
         "seconds": seconds,
         "tokens": [[list(c.token_ids) for c in o.outputs] for o in outputs],
@@ -112,7 +112,7 @@ def _logprobs(completion: Any) -> list[dict[int, tuple[float, int]]] | None:
     ]
 
 
-def _spec_counters(llm: Any) -> dict[str, int]:
+def spec_counters(llm: Any) -> dict[str, int]:
     """vLLM's own counters, the same for its methods and for ours."""
     totals = dict.fromkeys(_SPEC_COUNTERS.values(), 0)
     if not llm.llm_engine.log_stats:

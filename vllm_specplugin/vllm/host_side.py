@@ -113,6 +113,7 @@ class HostSide:
             batch: vLLM's ``InputBatch``.
             invalid: ``[rows]`` drafts that a grammar was not advanced over.
         """
+        began = time.perf_counter()
         runner, spec = self._runner, self._spec
         step, spec.step = spec.step, None
         assert step is not None, "sample() without prepare()"
@@ -136,7 +137,7 @@ class HostSide:
             roots = self._texts.tokens[slots, np.asarray(layout.root_positions)]
             show(spec.drafter, layout, roots, sampled, top, result)
         self._texts.append(slots, result.tokens, np.where(sampled, result.lengths, 0))
-        count_step(spec, step, result, batch.req_ids, sampled)
+        count_step(spec, step, result, batch.req_ids, sampled, began)
         return _output(rows, batch, result)
 
     def _batch(

@@ -22,6 +22,7 @@ def register() -> None:
 
     if getattr(EngineArgs.add_cli_args, _MARK, False):
         return
+    _mend_if_measuring()
     add_cli_args = EngineArgs.add_cli_args
     from_cli_args = EngineArgs.from_cli_args.__func__  # type: ignore[attr-defined]
 
@@ -60,3 +61,15 @@ def register() -> None:
     EngineArgs.create_engine_config = with_checks  # type: ignore[method-assign]
     EngineArgs.add_cli_args = staticmethod(with_flags)  # type: ignore[method-assign]
     EngineArgs.from_cli_args = classmethod(read_flags)  # type: ignore[assignment]
+
+
+def _mend_if_measuring() -> None:
+    """A server measured beside the plugin must not sample from uninitialised
+    memory; see ``vllm.repair``."""
+    from vllm_specplugin.config import mending_wanted
+
+    if mending_wanted():
+        from vllm_specplugin.vllm.repair import expansion_is_broken, mend_expansion
+
+        if expansion_is_broken():
+            mend_expansion()

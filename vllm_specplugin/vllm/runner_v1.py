@@ -160,6 +160,7 @@ class TreeRunnerV1:
         return metadata, common
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> SamplerOutput:
+        began = time.perf_counter()
         spec, step = self.spec, self.spec.step
         assert step is not None, "_sample() without _prepare_inputs()"
         layout = step.layout
@@ -193,7 +194,7 @@ class TreeRunnerV1:
             moves = layout.moves(result.rows, result.lengths)
             spec.metrics.kv_rows_moved += compact(self, step.plan, moves)
         sampled = ~self.discard_request_mask.np[: len(req_ids)]
-        count_step(spec, step, result, req_ids, sampled)
+        count_step(spec, step, result, req_ids, sampled, began)
         spec.step = None
         return SamplerOutput(
             sampled_token_ids=torch.from_numpy(result.tokens).to(logits.device),

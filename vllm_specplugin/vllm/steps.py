@@ -51,6 +51,7 @@ def count_step(
     result: ScoreResult,
     req_ids: Sequence[str],
     sampled: npt.NDArray[np.bool_],
+    began: float,
 ) -> None:
     """Books a step and tells the policy what became of it.
 
@@ -61,6 +62,7 @@ def count_step(
         req_ids: ``[requests]`` in the order of the batch.
         sampled: ``[requests]`` whether a request emits anything: one whose prompt
             is not read to its end does not.
+        began: when sampling began, by ``time.perf_counter()``.
     """
     metrics, layout = spec.metrics, step.layout
     emitting = np.flatnonzero(sampled).tolist()
@@ -93,6 +95,7 @@ def count_step(
             gap_seconds=step.started - spec.idle_since,
             draft_requests=spec.drafter.draft_requests,
             draft_seconds=spec.drafter.draft_seconds,
+            sample_seconds=now - began,
         ),
         result.tokens[emitting],
     )

@@ -1,0 +1,86 @@
+"""What a run of the harness holds while it measures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_specplugin.ab.variants import Variant
+
+__all__ = ["Cell", "Record", "cause"]
+
+_LONGEST_CAUSE = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One condition under which all variants are measured: a batch, or a load."""
+
+    batch: int | None = None
+    """Requests at once; offline."""
+    temperature: float = 0.0
+    rate: float | None = None
+    """Requests per second; served."""
+    concurrency: int | None = None
+    """Most requests at a time; served."""
+
+    @property
+    def label(self) -> str:
+        """As in tables."""
+        if self.batch is not None:
+            load = f"batch {self.batch}"
+        elif self.rate is not None:
+            load = f"{self.rate:g} requests/s"
+        else:
+            load = f"concurrency {self.concurrency}"
+        return f"{load}, T={self.temperature:g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the report."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return {k: v for k, v in values.items() if v is not None}
+
+
+@dataclass(slots=True)
+class Record:
+    """Everything measured so far, complete after every run."""
+
+    variants: Sequence[Variant]
+    cells: Sequence[Cell]
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    """Timed runs: ``variant``, ``cell`` (label), ``round``, ``turn``, ``seconds``,
+    ``tokens``, ``speed`` and what else was counted."""
+    outputs: dict[tuple[str, str, int], list[Any]] = field(default_factory=dict)
+    """Output of each request by variant, cell and round: token ids, or texts of
+    served requests. Compared, not reported."""
+    undrafted: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
+    """Round 0 again in the same engine with drafts off, by variant and cell."""
+    logprobs: dict[tuple[str, str], list[list[float]]] = field(default_factory=dict)
+    """The model's log-probability of each emitted token of round 0."""
+    relaxed: dict[tuple[str, str], float] = field(default_factory=dict)
+    """Share of tokens that only a lossy rule's leniency emitted."""
+    parts: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    """Where the time went, by variant and cell."""
+    errors: dict[str, str] = field(default_factory=dict)
+    """Why a variant is measured no further."""
+    repaired: set[str] = field(default_factory=set)
+    """Variants measured with a defect of vLLM mended."""
+    prompt_tokens: list[int] = field(default_factory=list)
+    interrupted: bool = False
+
+    def alive(self) -> list[Variant]:
+        """Variants that have not failed."""
+        return [v for v in self.variants if v.name not in self.errors]
+
+    def fail(self, variant: Variant, error: Exception, when: str) -> None:
+        """A failed variant is a row of the report, not the end of the run."""
+        self.errors.setdefault(variant.name, f"{when}: {cause(error)}")
+
+
+def cause(error: Exception) -> str:
+    """A message, without the middle of a long log: its last lines say why."""
+    text = str(error).strip()
+    if len(text) <= _LONGEST_CAUSE:
+        return text
+    return f"{text.splitlines()[0][:300]}\n...\n{text[-_LONGEST_CAUSE:]}"
