@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_specplugin.draft import DraftTree
+from vllm_specplugin.model_interfaces import DraftModel, NativeDrafts, Steer
 from vllm_specplugin.noise import PHILOX
 from vllm_specplugin.target_rows import RowObserver, TargetRows
 
@@ -96,73 +97,6 @@ class RequestView:
     scorer ``exact``. See :mod:`vllm_specplugin.noise`."""
     options: Mapping[str, Any]
     """The request's own options (``SamplingParams.extra_args``)."""
-
-
-class DraftModel(Protocol):
-    """The draft model that the engine loaded, during one drafting.
-
-    Requests are named by their index in :attr:`ProposeContext.requests`.
-    """
-
-    def roots(self) -> tuple[npt.NDArray[np.int64], torch.Tensor]:
-        """What the draft model expects after each request's last token.
-
-        Brings its keys and values up to date first. Requests with more new
-        tokens than one pass takes are left out, and are further on next time.
-
-        Returns:
-            ``[n]`` indices of requests, ascending, and ``[n, vocab]`` logits.
-        """
-        ...
-
-    def extend(
-        self,
-        owners: npt.NDArray[np.int64],
-        parents: npt.NDArray[np.int64],
-        tokens: npt.NDArray[np.int64],
-    ) -> torch.Tensor:
-        """Runs nodes of draft trees through the draft model.
-
-        Nodes are numbered in the order in which they come, from 0, over all
-        requests and calls since :meth:`roots`.
-
-        Args:
-            owners: ``[m]`` request of each node, ascending.
-            parents: ``[m]`` number of the node's parent, -1 for the root.
-            tokens: ``[m]``.
-
-        Returns:
-            ``[m, vocab]`` logits after each node.
-        """
-        ...
-
-    def capacity(self, owner: int) -> int:
-        """How many nodes of a request can still be extended."""
-        ...
-
-
-Steer = Callable[["torch.Tensor", int], None]
-"""See :meth:`NativeDrafts.draft`."""
-
-
-class NativeDrafts(Protocol):
-    """vLLM's own drafter, during one drafting."""
-
-    def draft(
-        self, length: int, steer: Steer | None = None
-    ) -> tuple[Sequence[Sequence[int]], torch.Tensor | None]:
-        """Has the drafter draft chains of up to ``length`` tokens.
-
-        ``steer`` is for drafters that are models and choose without chance: it is
-        called with their logits ``[requests, vocab]`` and the depth of the tokens to
-        choose, and changes them in place before the largest are taken.
-
-        Returns:
-            The chains, one for each of :attr:`ProposeContext.requests`, and
-            ``[requests, length, vocab]`` probabilities they were drawn from,
-            ``None`` for tokens chosen without chance.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
