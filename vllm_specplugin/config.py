@@ -176,6 +176,11 @@ class SpecConfig:
     request_scorers: Sequence[str] | None = None
     """Scorers that requests may choose; ``None`` for all lossless ones. Beside
     these, always the default ``scorer``."""
+    full_graphs: bool = option(
+        False,
+        "let full CUDA graphs hold tree attention (second model runner, equally "
+        "many nodes for every request); not yet seen on a GPU",
+    )
     log_interval: float = option(
         10.0, "seconds between the log lines of a busy worker; 0 for none", low=0
     )

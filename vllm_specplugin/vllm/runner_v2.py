@@ -35,6 +35,7 @@ from vllm_specplugin.vllm.host_side import HostSide
 from vllm_specplugin.vllm.sampling_v2 import TreeRejectionSampler, TreeSampler
 from vllm_specplugin.vllm.speculator_v2 import TreeSpeculator
 from vllm_specplugin.vllm.state import SpecState
+from vllm_specplugin.vllm.tree_attention import device
 from vllm_specplugin.vllm.tree_attention.backend import PLAN_ATTRIBUTE
 from vllm_specplugin.vllm.why_chains import why_chains
 
@@ -114,9 +115,21 @@ class TreeRunnerV2:
         ):
             setattr(self, name, mixed(mixin, getattr(self, name), self))
 
-    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
-        super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
+    def initialize_kv_cache(
+        self, kv_cache_config: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        device.forbid_graphs()
+        if self.spec.config.full_graphs and not self.spec.follows_native:
+            groups = kv_cache_config.kv_cache_groups
+            names = [name for group in groups for name in group.layer_names]
+            # Kept in place, filled or cleared in every step: see the two sides.
+            device.allow_graphs(self.device_trees, names)
+        super().initialize_kv_cache(  # type: ignore[misc]
+            kv_cache_config, *args, **kwargs
+        )
         self.spec.why_chains = self._why_chains()
+        if self.spec.config.full_graphs and self.spec.why_chains is not None:
+            device.allow_graphs(None)
 
     def _why_chains(self) -> str | None:
         if self.spec.follows_native:

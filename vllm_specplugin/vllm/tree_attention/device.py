@@ -28,6 +28,7 @@ __all__ = [
     "attend",
     "attend_level",
     "captured_plan",
+    "forbid_graphs",
     "graph_support",
     "key_value_views",
     "reads_type",
@@ -79,6 +80,12 @@ def allow_graphs(trees: Trees | None, layers: Collection[str] = ()) -> None:
     """
     global _graphs
     _graphs = _Graphs(trees, frozenset(layers))
+
+
+def forbid_graphs() -> None:
+    """As it was before :func:`allow_graphs`: for the next engine of a process."""
+    global _graphs
+    _graphs = None
 
 
 def graph_support(parent: Any, uniform: Any, never: Any) -> Any:
