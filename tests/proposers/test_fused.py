@@ -262,7 +262,8 @@ def test_one_member_may_ask_vllm_for_a_drafter():
     assert ask("suffix", "token_recycling") == ({}, False)
     model = {"model": "here"}
     asked, native = ask("suffix", "draft_model", draft_model=model)
-    assert asked == {"method": "draft_model", "model": "here"} and not native
+    assert asked == {"method": "draft_model", "model": "here", "driven": True}
+    assert not native
     asked, native = ask("suffix", "vllm:ngram")
     assert asked["method"] == "ngram" and native
     with pytest.raises(ConfigError, match="at most one"):
