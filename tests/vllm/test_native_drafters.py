@@ -25,7 +25,7 @@ def drafting(name: str, model: str, **options: object) -> Engine:
         "options": {
             "proposer": {"model": model, "length": 4, **options},
             "draft_timeout_ms": 60_000.0,
-            "request_scorers": ["rejection", "relaxed"],
+            "request_scorers": ["rejection", "traversal"],
         },
     }
     return start(name, spec, **ENGINES["uncached"])
@@ -61,16 +61,21 @@ def test_a_drafter_that_is_the_target_guesses_nearly_all(
     assert after["accepted"] - before["accepted"] > 0.95 * nodes
 
 
-LAW = {"temperature": 1.2, "top_k": 3, "top_p": 0.98}
+LAW = {"top_k": 3, "top_p": 0.98}
 
 
 def triples(
-    one: Engine, prompt: list[int], seed: int | None, **options: object
+    one: Engine,
+    prompt: list[int],
+    seed: int | None,
+    temperature: float = 1.2,
+    **options: object,
 ) -> Counter:
     """How often each three first tokens came out; at most 27 do."""
     requests = [
         {
             **LAW,
+            "temperature": temperature,
             "seed": None if seed is None else seed + i,
             "max_tokens": 4,
             "ignore_eos": True,
@@ -80,13 +85,13 @@ def triples(
     ]
     answer = one.ask("run", prompts=[prompt] * SAMPLES, params=requests)
     if options:
-        assert answer["spec"]["accepted"] > SAMPLES / 4
+        assert answer["spec"]["accepted"] > SAMPLES / 8
     return Counter(tuple(tokens[0][:3]) for tokens in answer["tokens"])
 
 
 def distance(first: Counter, second: Counter) -> float:
     outcomes = sorted({*first, *second})
-    assert 12 < len(outcomes) <= 27
+    assert 8 < len(outcomes) <= 27
     tables = [np.array([c[o] for o in outcomes], dtype=float) for c in (first, second)]
     return chi_squared(*tables)
 
@@ -107,7 +112,7 @@ def test_drawn_drafts_leave_the_distribution_alone(
     own: bool, scorer: str, drawn: Engine, prompts: list[list[int]], plain: Counter
 ) -> None:
     """Three tokens' joint law under temperature, top-k and top-p; by chance above
-    4 once in about 2,000 runs. The power: a lossy rule, wide open, is found."""
+    4 once in about 2,000 runs. The power: temperature 0.7 for 1.2 is found."""
     prompt = prompts[5]
     if own:
         options = {"proposer": {"model": DRAFT, "choose": "drawn", "depth": 3}}
@@ -115,9 +120,8 @@ def test_drawn_drafts_leave_the_distribution_alone(
     got = triples(drawn, prompt, 50_001, spec_scorer=scorer)
     assert distance(got, plain) < LIMIT
     if not own:
-        lossy = {"spec_scorer": "relaxed", "spec_delta": 1.0, "spec_relax_share": 1.0}
-        biased = triples(drawn, prompt, 90_001, **lossy, spec_relax_entropy=20.0)
-        assert distance(biased, plain) > 2 * LIMIT
+        colder = triples(drawn, prompt, 90_001, 0.7, spec_scorer=scorer)
+        assert distance(colder, plain) > 2 * LIMIT
 
 
 def test_coupled_drafts_leave_the_distribution_alone(

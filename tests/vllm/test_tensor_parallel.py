@@ -9,7 +9,11 @@ from .conftest import SWITCH, start
 
 def test_text_is_the_same_as_without_drafts(prompts: list[list[int]]) -> None:
     # `goodput` decides by measured times, which differ between ranks.
-    spec = {**SWITCH, "policy": "goodput"}
+    spec = {
+        **SWITCH,
+        "proposer": "spec_proposers:OnSeveralRanks",
+        "policy": "goodput",
+    }
     cores = sorted(os.sched_getaffinity(0))
     # Left to itself vLLM wants a NUMA node for each rank.
     bind = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}

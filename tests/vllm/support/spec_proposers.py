@@ -133,3 +133,9 @@ class Switch:
             for node, token in zip(path, future):
                 tokens[node] = token
         return DraftTree(tokens, parents, self._rng.random(n))
+
+
+class OnSeveralRanks(Switch):
+    """Without those that need the target's lm_head, which takes all ranks."""
+
+    needs_hidden = needs_lm_head = False
