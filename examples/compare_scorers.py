@@ -240,7 +240,7 @@ def _log_likelihoods(
     for prompt, text in zip(prompts, texts):
         ids = torch.tensor([prompt + text])
         with torch.inference_mode():
-            logits = target(ids).logits[0, len(prompt) - 1 : -1] / temperature
+            logits = target(ids).logits[0, len(prompt) - 1 : -1] / (temperature or 1.0)
         own = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])
         means.append(float(own.mean()))
     return np.array(means)
