@@ -11,7 +11,7 @@ the engine returns.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from vllm_specplugin.ab.prompts import PromptSet
 from vllm_specplugin.ab.records import Cell, Record
 from vllm_specplugin.ab.variants import Variant
 from vllm_specplugin.config import ROLES
-from vllm_specplugin.engines import EngineError, EngineProcess
+from vllm_specplugin.engines import EngineProcess
 from vllm_specplugin.errors import complain
 from vllm_specplugin.prompt_files import PromptFileError
 
@@ -256,22 +256,15 @@ class _Runner:
     def _turns(
         self, doing: str, *, first: int = 0
     ) -> Iterator[tuple[Variant, EngineProcess]]:
-        """Variants that are alive; number ``first`` begins."""
-        variants = self._record.alive()
-        for i in range(len(variants)):
-            variant = variants[(i + first) % len(variants)]
-            self._bar.set_postfix_str(f"{doing}: {variant.name}")
+        """As :meth:`~.records.Record.turns`, with their engines."""
+        for variant in self._record.turns(self._bar, doing, first=first):
             yield variant, self._engines[variant.name]
-            self._bar.update()
 
-    @contextmanager
-    def _guard(self, variant: Variant, when: str) -> Iterator[None]:
-        """A variant that fails is measured no further; the others are."""
-        try:
-            yield
-        except EngineError as error:
-            self._record.fail(variant, error, when)
+    def _guard(self, variant: Variant, when: str) -> AbstractContextManager[None]:
+        def drop() -> None:
             self._engines[variant.name].close(patience=0)
+
+        return self._record.guard(variant, when, drop)
 
 
 def _settings(variant: Variant) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_specplugin.ab.variants import Variant
+from vllm_specplugin.engines import EngineError
 
 __all__ = ["Cell", "Record", "cause"]
 
@@ -72,6 +74,38 @@ class Record:
     def alive(self) -> list[Variant]:
         """Variants that have not failed."""
         return [v for v in self.variants if v.name not in self.errors]
+
+    def turns(self, bar: Any, doing: str, *, first: int = 0) -> Iterator[Variant]:
+        """Variants that are alive, one after the other; number ``first`` begins.
+
+        Args:
+            bar: tqdm's, which says who is at what and goes on after each.
+            doing: what.
+            first: whose turn it is.
+        """
+        variants = self.alive()
+        for i in range(len(variants)):
+            variant = variants[(i + first) % len(variants)]
+            bar.set_postfix_str(f"{doing}: {variant.name}")
+            yield variant
+            bar.update()
+
+    @contextmanager
+    def guard(
+        self, variant: Variant, when: str, drop: Callable[[], None]
+    ) -> Iterator[None]:
+        """A variant that fails is measured no further; the others are.
+
+        Args:
+            variant: what is measured inside.
+            when: for its row of the report.
+            drop: ends what runs for it.
+        """
+        try:
+            yield
+        except EngineError as error:
+            self.fail(variant, error, when)
+            drop()
 
     def fail(self, variant: Variant, error: Exception, when: str) -> None:
         """A failed variant is a row of the report, not the end of the run."""

@@ -13,7 +13,7 @@ tokens per second of a request, from sending it to its last token.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from vllm_specplugin.ab.servers import (
     model_at,
 )
 from vllm_specplugin.ab.variants import Variant
-from vllm_specplugin.engines import EngineError, EngineProcess
+from vllm_specplugin.engines import EngineProcess
 
 __all__ = ["LoadPlan", "check_servers", "measure_served"]
 
@@ -181,21 +181,14 @@ class _LoadRunner:
         return answer
 
     def _turns(self, doing: str, *, first: int = 0) -> Iterator[Variant]:
-        variants = self._record.alive()
-        for i in range(len(variants)):
-            variant = variants[(i + first) % len(variants)]
-            self._bar.set_postfix_str(f"{doing}: {variant.name}")
-            yield variant
-            self._bar.update()
+        return self._record.turns(self._bar, doing, first=first)
 
-    @contextmanager
-    def _guard(self, variant: Variant, when: str) -> Iterator[None]:
-        try:
-            yield
-        except EngineError as error:
-            self._record.fail(variant, error, when)
+    def _guard(self, variant: Variant, when: str) -> AbstractContextManager[None]:
+        def drop() -> None:
             with suppress(KeyError):
                 self._servers[variant.name].close()
+
+        return self._record.guard(variant, when, drop)
 
 
 def _speed(cell: Cell, answer: dict[str, Any]) -> float:

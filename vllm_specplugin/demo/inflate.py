@@ -28,6 +28,7 @@ import hashlib
 import math
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,9 +58,6 @@ def inflated_model(
 ) -> Path:
     """The inflated model of ``source``, made on first use and kept in the cache.
 
-    Its folder appears in one step: a process that sees it sees all of it, and of
-    two that make it at once one wins and both use the winner's.
-
     Raises:
         SpecPluginError: see :func:`inflate`.
     """
@@ -67,21 +65,37 @@ def inflated_model(
     digest = hashlib.sha256(f"{_VERSION} {shape} {seed}".encode())
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         digest.update((source / name).read_bytes())
-    home = cache_dir() / "models"
-    final = home / f"{source.name}-{shape}-{digest.hexdigest()[:16]}"
-    if final.is_dir():
-        return final
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home, prefix=".making-") as folder:
-        made = Path(folder) / final.name
-        inflate(
+    return made_once(
+        f"{source.name}-{shape}-{digest.hexdigest()[:16]}",
+        lambda made: inflate(
             source,
             made,
             hidden=hidden,
             layers=layers,
             intermediate=intermediate,
             seed=seed,
-        )
+        ),
+    )
+
+
+def made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """A folder of the cache's models, made on first use.
+
+    It appears in one step: a process that sees it sees all of it, and of two that
+    make it at once one wins and both use the winner's.
+
+    Args:
+        name: of the folder; of what went into it, too.
+        make: writes it to the path given.
+    """
+    home = cache_dir() / "models"
+    final = home / name
+    if final.is_dir():
+        return final
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home, prefix=".making-") as folder:
+        made = Path(folder) / name
+        make(made)
         try:
             made.rename(final)
         except OSError:

@@ -17,12 +17,10 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_specplugin.config import cache_dir
-from vllm_specplugin.demo.inflate import basis
+from vllm_specplugin.demo.inflate import basis, made_once
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,20 +47,10 @@ def inflated_heads(
         files.append(measured)
     for path in (*files, source / "model.safetensors"):
         digest.update(path.read_bytes())
-    home = cache_dir() / "models"
-    final = home / f"{heads.name}-{hidden}-{digest.hexdigest()[:16]}"
-    if final.is_dir():
-        return final
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home, prefix=".making-") as folder:
-        made = Path(folder) / final.name
-        inflate_heads(heads, source, made, hidden=hidden, seed=seed)
-        try:
-            made.rename(final)
-        except OSError:
-            if not final.is_dir():  # nobody else has published it meanwhile
-                raise
-    return final
+    return made_once(
+        f"{heads.name}-{hidden}-{digest.hexdigest()[:16]}",
+        lambda made: inflate_heads(heads, source, made, hidden=hidden, seed=seed),
+    )
 
 
 def inflate_heads(
