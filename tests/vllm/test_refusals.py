@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vllm_specplugin import UnsupportedError
+from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.vllm.device_side import DeviceSide
 from vllm_specplugin.vllm.refusals import check_first, check_second
 from vllm_specplugin.vllm.runner_v2 import TreeRunnerV2, reads_drafts
@@ -45,7 +46,7 @@ def second(**changes):
 
 
 def test_nothing_is_refused_without_reason():
-    check_second(second())
+    check_second(second(), SpecConfig())
 
 
 @pytest.mark.parametrize(
@@ -94,14 +95,34 @@ def test_nothing_is_refused_without_reason():
 )
 def test_each_refusal_names_what_and_how(change, value, message, remedy):
     with pytest.raises(UnsupportedError, match=message) as error:
-        check_second(second(**{change: value}))
+        check_second(second(**{change: value}), SpecConfig())
     assert remedy in str(error.value)
 
 
 def test_the_first_runner_wants_synchronous_scheduling():
-    check_first(SimpleNamespace(use_async_scheduling=False))
+    check_first(SimpleNamespace(use_async_scheduling=False), SpecConfig())
     with pytest.raises(UnsupportedError, match="asynchronous scheduling"):
-        check_first(SimpleNamespace(use_async_scheduling=True))
+        check_first(SimpleNamespace(use_async_scheduling=True), SpecConfig())
+
+
+def test_full_graphs_want_the_second_runner():
+    graphs = SpecConfig(full_graphs=True)
+    check_second(second(), graphs)
+    with pytest.raises(UnsupportedError, match="full_graphs on vLLM's first"):
+        check_first(SimpleNamespace(use_async_scheduling=False), graphs)
+
+
+@pytest.mark.parametrize("coupling", ["on", "off", "auto"])
+def test_vllms_drafters_are_not_coupled_on_the_second_runner(coupling):
+    config = SpecConfig(
+        proposer="vllm:draft_model", options={"proposer": {"coupling": coupling}}
+    )
+    check_first(SimpleNamespace(use_async_scheduling=False), config)
+    if coupling != "on":
+        check_second(second(), config)
+        return
+    with pytest.raises(UnsupportedError, match=r"coupling='on' for 'vllm:draft_model'"):
+        check_second(second(), config)
 
 
 @pytest.mark.parametrize(

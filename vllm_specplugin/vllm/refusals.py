@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.errors import UnsupportedError, complain
 
 __all__ = ["check_first", "check_second"]
@@ -11,7 +12,7 @@ __all__ = ["check_first", "check_second"]
 _FIRST = "or use vLLM's first model runner: VLLM_USE_V2_MODEL_RUNNER=0"
 
 
-def check_first(runner: Any) -> None:
+def check_first(runner: Any, config: SpecConfig) -> None:
     """Raises :class:`UnsupportedError` for vLLM's first model runner."""
     if runner.use_async_scheduling:
         raise UnsupportedError(
@@ -21,9 +22,17 @@ def check_first(runner: Any) -> None:
                 "drop --async-scheduling",
             )
         )
+    if config.full_graphs:
+        raise UnsupportedError(
+            complain(
+                "full_graphs on vLLM's first model runner",
+                "the second, whose trees stay where a graph can find them",
+                "leave it out, or use a proposer that runs on the second",
+            )
+        )
 
 
-def check_second(runner: Any) -> None:
+def check_second(runner: Any, config: SpecConfig) -> None:
     """Raises :class:`UnsupportedError` for vLLM's second model runner."""
     speculative, parallel = runner.speculative_config, runner.parallel_config
     model = runner.model_config
@@ -41,6 +50,14 @@ def check_second(runner: Any) -> None:
                 f"rejection_sample_method={speculative.rejection_sample_method!r}",
                 "the plugin's scorer to decide what is accepted",
                 "drop it from the proposer's 'engine' and choose --spec-scorer",
+            )
+        )
+    if config.options.get("proposer", {}).get("coupling") == "on":
+        raise UnsupportedError(
+            complain(
+                f"coupling='on' for {config.proposer!r} on vLLM's second model runner",
+                "coupling='auto': its logits do not leave vLLM's kernels there",
+                f"leave it out, {_FIRST}",
             )
         )
     for found, wrong in (

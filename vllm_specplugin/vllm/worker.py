@@ -112,20 +112,12 @@ def adopt(runner: Any, config: SpecConfig) -> None:
         )
     ours: type
     if isinstance(runner, First):
-        check_first(runner)
-        if config.full_graphs:
-            raise UnsupportedError(
-                complain(
-                    "full_graphs on vLLM's first model runner",
-                    "the second, whose trees stay where a graph can find them",
-                    "leave it out, or use a proposer that runs on the second",
-                )
-            )
+        check_first(runner, config)
         from vllm_specplugin.vllm.runner_v1 import TreeRunnerV1
 
         ours = TreeRunnerV1
     else:
-        check_second(runner)
+        check_second(runner, config)
         from vllm_specplugin.vllm.runner_v2 import TreeRunnerV2
 
         ours = TreeRunnerV2
