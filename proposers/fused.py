@@ -91,24 +91,26 @@ class _Member:
         return [EMPTY_TREE] * len(ctx.requests) if trees is None else trees
 
 
-class _Past(NamedTuple):
-    """What was drafted for a request, until its text goes on."""
-
-    end: int
-    sampled: bool
-    trees: Sequence[DraftTree]
-    """One per member, then the nodes of more than one with their parents."""
-
-
-class _Pool(NamedTuple):
-    """All nodes that any member proposed."""
+class _Call(NamedTuple):
+    """What was drafted in one call, until the texts go on."""
 
     forest: Forest
-    """With, of each node, the largest estimate that a member gave."""
-    votes: npt.NDArray[np.int64]
-    """Members that proposed each node."""
-    raised: Floats
-    """What nodes of several members turned out to be worth."""
+    """Trees of all members, those of one before those of the next."""
+    merged: Forest
+    """With, of each node, the largest corrected estimate that a member gave."""
+    agreed: npt.NDArray[np.bool_]
+    """Which of the merged nodes several members proposed."""
+    sampled: npt.NDArray[np.bool_]
+    """Of each request."""
+
+
+class _Past(NamedTuple):
+    """Where a request's drafts are."""
+
+    call: _Call
+    place: int
+    end: int
+    """Length of the text that was drafted for."""
 
 
 class FusedProposer:
@@ -186,26 +188,26 @@ class FusedProposer:
             return []
         self._learn(views)
         drafted = [m.draft(ctx, self._vocab_size) for m in self._members]
-        pool = self._pool(views, drafted)
-        agreed, values = pool.votes > 1, pool.forest.estimates
-        values = np.where(agreed, np.maximum(values, pool.raised), values)
+        call, raised = self._merge(views, drafted)
+        merged = call.merged
+        values = np.where(
+            call.agreed, np.maximum(merged.estimates, raised), merged.estimates
+        )
         keep = np.empty(len(values), dtype=np.bool_)
         most = np.array([view.max_nodes for view in views])
-        self._compiled.likeliest(
-            pool.forest.starts, pool.forest.parents, values, most, keep
-        )
-        shared = self._trees(pool.forest, agreed, pool.forest.estimates)
+        self._compiled.likeliest(merged.starts, merged.parents, values, most, keep)
         for i, view in enumerate(views):
-            trees = [*(own[i] for own in drafted), shared[i]]
-            self._past[view.req_id] = _Past(
-                len(view.tokens), view.temperature > 0, trees
-            )
-        return self._trees(pool.forest, keep, values)
+            self._past[view.req_id] = _Past(call, i, len(view.tokens))
+        return self._trees(merged, keep, values)
 
-    def _pool(
+    def _merge(
         self, views: Sequence[RequestView], drafted: Sequence[list[DraftTree]]
-    ) -> _Pool:
-        """Makes estimates comparable, and merges shared prefixes."""
+    ) -> tuple[_Call, Floats]:
+        """Makes estimates comparable, and merges shared prefixes.
+
+        Returns:
+            Also what each merged node is worth by what became of agreed ones.
+        """
         count = len(views)
         req_ids = [view.req_id for view in views]
         sampled = np.array([view.temperature > 0 for view in views], dtype=bool)
@@ -230,14 +232,10 @@ class FusedProposer:
             starts, tokens[:size], parents[:size], depths[:size], best[:size]
         )
         raised = _corrected(
-            self._agreed,
-            merged.estimates,
-            merged.depths,
-            merged.owner,
-            sampled,
+            self._agreed, merged.estimates, merged.depths, merged.owner, sampled,
             req_ids,
-        )
-        return _Pool(merged, votes[:size], raised)
+        )  # fmt: skip
+        return _Call(forest, merged, votes[:size] > 1, sampled), raised
 
     def _trees(
         self, forest: Forest, keep: npt.NDArray[np.bool_], values: Floats
@@ -273,42 +271,60 @@ class FusedProposer:
 
     def _learn(self, views: Sequence[RequestView]) -> None:
         """Compares what was drafted with the text that followed."""
-        told = [
-            (view, past)
-            for view in views
-            if (past := self._past.pop(view.req_id, None)) is not None
-            and past.end < len(view.tokens)
-        ]
-        if not told:
-            return
+        calls: dict[int, list[tuple[RequestView, _Past]]] = {}
+        for view in views:
+            past = self._past.pop(view.req_id, None)
+            if past is not None and past.end < len(view.tokens):
+                calls.setdefault(id(past.call), []).append((view, past))
+        for told in calls.values():
+            self._learn_call(told[0][1].call, told)
+
+    def _learn_call(
+        self, call: _Call, told: Sequence[tuple[RequestView, _Past]]
+    ) -> None:
+        count, req_ids = len(call.sampled), [""] * len(call.sampled)
         width = max(len(view.tokens) - past.end for view, past in told)
-        deepest = max(tree.max_depth for _, past in told for tree in past.trees)
-        text = np.full((len(told), min(width, max(1, deepest))), -1, dtype=np.int64)
-        for row, (view, past) in zip(text, told):
-            after = view.tokens[past.end : past.end + len(row)]
-            row[: len(after)] = after
-        req_ids = [view.req_id for view, _ in told]
-        sampled = np.array([past.sampled for _, past in told])
-        calibrations = [*(m.calibration for m in self._members), self._agreed]
-        parts = range(len(calibrations))
-        forest = Forest.of([past.trees[k] for k in parts for _, past in told])
-        labels = forest.follow(np.tile(text, (len(parts), 1)))
-        part, owner = np.divmod(forest.owner[labels.nodes], len(told))
-        for k, calibration in enumerate(calibrations):
+        deepest = int(call.merged.depths.max(initial=1))
+        text = np.full((count, min(width, deepest)), -1, dtype=np.int64)
+        for view, past in told:
+            after = view.tokens[past.end : past.end + text.shape[1]]
+            text[past.place, : len(after)] = after
+            req_ids[past.place] = view.req_id
+        labels = call.forest.follow(np.tile(text, (len(self._members), 1)))
+        part, owner = np.divmod(call.forest.owner[labels.nodes], count)
+        for k, m in enumerate(self._members):
             own = np.flatnonzero(part == k)
-            nodes = labels.nodes[own]
-            calibration.observe(
-                forest.estimates[nodes],
-                forest.depths[nodes],
-                sampled[owner[own]],
-                labels.hits[own],
-                owner[own],
-                req_ids,
-            )
+            nodes, hits = labels.nodes[own], labels.hits[own]
+            _observe(m.calibration, call.forest, nodes, hits, owner[own], call, req_ids)
+        # A node that several propose hangs on such nodes alone.
+        labels = call.merged.follow(text)
+        own = np.flatnonzero(call.agreed[labels.nodes])
+        nodes, hits = labels.nodes[own], labels.hits[own]
+        owner = call.merged.owner[nodes]
+        _observe(self._agreed, call.merged, nodes, hits, owner, call, req_ids)
 
 
 def _call(proposer: Any, method: str, *args: Any) -> None:
     getattr(proposer, method)(*args)
+
+
+def _observe(
+    calibration: Calibration,
+    forest: Forest,
+    nodes: npt.NDArray[np.int64],
+    hits: npt.NDArray[np.bool_],
+    owner: npt.NDArray[np.int64],
+    call: _Call,
+    req_ids: Sequence[str],
+) -> None:
+    calibration.observe(
+        forest.estimates[nodes],
+        forest.depths[nodes],
+        call.sampled[owner],
+        hits,
+        owner,
+        req_ids,
+    )
 
 
 def _corrected(

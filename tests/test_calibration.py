@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from vllm_specplugin._calibration_compiled import learn
 from vllm_specplugin.calibration import Calibration
 
 
@@ -76,3 +77,37 @@ def test_the_error_reported_is_the_brier_score():
     # By the claim: .3*(.1)^2 + .7*(.9)^2 = .57; calibrated: .3*.7 = .21.
     assert 0.5 < seen["brier_uncorrected"] < 0.64
     assert 0.17 < seen["brier"] < 0.27
+
+
+def posterior_shift(trials, hits, claimed, above, prior):
+    """As the module says it, for arrays."""
+    mean = np.divide(claimed, trials, out=np.full_like(trials, 0.5), where=trials > 0)
+    claim = np.log(mean / (1 - mean))
+    expected = 1 / (1 + np.exp(-(claim + above)))
+    share = np.clip((hits + prior * expected) / (trials + prior), 1e-4, 1 - 1e-4)
+    return np.log(share / (1 - share)) - claim
+
+
+def test_compiled_counting_and_fitting_is_the_formula():
+    rng = np.random.default_rng(2)
+    sums, shifts = rng.random((3, 2, 3, 4)), rng.normal(size=(2, 3, 4))
+    sums[1:] *= sums[0]  # hits and claims are no more than trials
+    claimed, cells = rng.uniform(0.01, 0.99, 30), rng.integers(0, 24, 30)
+    hits, keep = rng.random(30) < 0.5, 0.9
+    before = shifts.reshape(-1)[cells]
+    odds = claimed / (1 - claimed) * np.exp(before)
+    faded = keep ** np.bincount(cells, minlength=24)
+    want = [
+        total.reshape(-1) * faded + np.bincount(cells, weights=seen, minlength=24)
+        for total, seen in zip(sums, (np.ones(30), hits, claimed))
+    ]
+    trials, hit, claim = (one.reshape(2, 3, 4) for one in want)
+    pooled = posterior_shift(*(x.sum(1) for x in (trials, hit, claim)), 0.0, 2.0)
+    fitted = posterior_shift(trials, hit, claim, pooled[:, None], 4.0)
+
+    general = np.empty(30)
+    learn(claimed, cells, hits, sums, shifts, general, keep, np.array([2.0, 4.0]),
+          0.99, 1e-4)  # fmt: skip
+    assert np.allclose(general, np.minimum(odds / (1 + odds), 0.99))
+    assert np.allclose(sums.reshape(3, -1), want)
+    assert np.allclose(shifts, fitted)

@@ -15,6 +15,7 @@ under a prior worth a few observations.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,14 @@ Bools = npt.NDArray[np.bool_]
 _EDGES = np.array([0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98])
 _DEPTHS = np.array([2, 3, 4, 6, 9])
 """First depth of each range after the one that holds depth 1 alone."""
+_SHAPE = (2, len(_DEPTHS) + 1, len(_EDGES) + 1)
+"""Kinds of requests, ranges of depths, ranges of estimates."""
 _LEAST, _MOST = 1e-3, 0.995
-_POOLED_PRIOR, _PRIOR, _REQUEST_PRIOR = 2.0, 4.0, 2.0
-"""Observations that a layer's prior is worth."""
+_PRIORS = np.array([2.0, 4.0])
+"""Observations that the priors of a range and of a depth in it are worth."""
+_REQUEST_PRIOR = 2.0
+_CLOSEST = min(_LEAST, 1 - _MOST) / 10
+"""How near to 0 and 1 the mean of what happened may come."""
 
 
 class Calibration:
@@ -45,11 +51,9 @@ class Calibration:
     def __init__(self, memory: float = 400.0, request_memory: float = 30.0) -> None:
         self._keep = 1.0 - 1.0 / memory
         self._request_keep = 1.0 - 1.0 / request_memory
-        shape = (2, len(_DEPTHS) + 1, len(_EDGES) + 1)
-        self._trials = np.zeros(shape)
-        self._hits = np.zeros(shape)
-        self._claimed = np.zeros(shape)
-        self._shift = np.zeros(shape)
+        self._sums = np.zeros((3, *_SHAPE))
+        self._shift = np.zeros(_SHAPE)
+        self._learn = _learn()
         self._requests: dict[str, tuple[float, float]] = {}
         self._error = self._raw_error = 0.0
         self._observed = 0
@@ -72,7 +76,7 @@ class Calibration:
             factors: ``[nodes]`` of :meth:`factors`.
         """
         claimed = np.clip(estimates, _LEAST, _MOST)
-        shift = self._shift[_cells(claimed, depths, sampled)]
+        shift = self._shift.reshape(-1)[_cells(claimed, depths, sampled)]
         odds = claimed / (1 - claimed) * np.exp(shift)
         corrected = odds / (1 + odds) * factors
         return np.asarray(np.minimum(corrected, _MOST))
@@ -107,28 +111,20 @@ class Calibration:
             return
         claimed = np.clip(estimates, _LEAST, _MOST)
         cells = _cells(claimed, depths, sampled)
-        ones = np.ones(len(owner))
-        general = self.apply(estimates, depths, sampled, ones)
+        general = np.empty(len(claimed))
+        self._learn(
+            claimed, cells, hits, self._sums, self._shift, general, self._keep,
+            _PRIORS, _MOST, _CLOSEST,
+        )  # fmt: skip
         self._learn_requests(general, hits, owner, req_ids)
-        touched = np.zeros(self._trials.shape)
-        np.add.at(touched, cells, 1.0)
-        keep = self._keep**touched
-        for total, values in (
-            (self._trials, ones),
-            (self._hits, hits.astype(np.float64)),
-            (self._claimed, claimed),
-        ):
-            np.multiply(total, keep, out=total)
-            np.add.at(total, cells, values)
         self._observed += len(owner)
         weight = max(1.0 / self._observed, 1.0 / 1000) * len(owner)
         weight = min(weight, 1.0)
-        missed, claim_missed = (
-            float(np.mean((p - hits) ** 2)) for p in (general, claimed)
+        missed, claimed = general - hits, claimed - hits
+        self._error += weight * (float(missed @ missed) / len(owner) - self._error)
+        self._raw_error += weight * (
+            float(claimed @ claimed) / len(owner) - self._raw_error
         )
-        self._error += weight * (missed - self._error)
-        self._raw_error += weight * (claim_missed - self._raw_error)
-        self._refit()
 
     def release(self, req_ids: Sequence[str]) -> None:
         """Forgets requests."""
@@ -160,37 +156,20 @@ class Calibration:
             e = prior + keep * (e - prior) + float(expected[index])
             self._requests[req_ids[index]] = (h, e)
 
-    def _refit(self) -> None:
-        trials, hits, claimed = self._trials, self._hits, self._claimed
-        pooled_trials = trials.sum(axis=1, keepdims=True)
-        pooled = _shift(
-            hits.sum(axis=1, keepdims=True),
-            claimed.sum(axis=1, keepdims=True),
-            pooled_trials,
-            np.zeros_like(pooled_trials),
-            _POOLED_PRIOR,
-        )
-        self._shift = _shift(
-            hits, claimed, trials, np.broadcast_to(pooled, trials.shape), _PRIOR
-        )
+
+def _cells(claimed: Floats, depths: Ints, sampled: Bools) -> Ints:
+    """Index of each node's cell among all."""
+    levels = np.searchsorted(_DEPTHS, depths, side="right")
+    places = np.searchsorted(_EDGES, claimed, side="right")
+    return np.asarray((sampled * _SHAPE[1] + levels) * _SHAPE[2] + places)
 
 
-def _cells(claimed: Floats, depths: Ints, sampled: Bools) -> tuple[Ints, Ints, Ints]:
-    return (
-        sampled.astype(np.int64),
-        np.searchsorted(_DEPTHS, depths, side="right"),
-        np.searchsorted(_EDGES, claimed, side="right"),
-    )
+@lru_cache(maxsize=1)
+def _learn() -> Any:
+    """Compiled at the first use here, rather than in the middle of serving."""
+    from vllm_specplugin._calibration_compiled import learn
 
-
-def _shift(
-    hits: Floats, claimed: Floats, trials: Floats, above: Floats, prior: float
-) -> Floats:
-    """Log-odds from what was claimed to the posterior mean of what happened,
-    under a prior at the claim shifted by ``above``."""
-    mean = np.divide(claimed, trials, out=np.full_like(trials, 0.5), where=trials > 0)
-    claim = np.log(mean / (1 - mean))
-    expected = 1 / (1 + np.exp(-(claim + above)))
-    posterior = (hits + prior * expected) / (trials + prior)
-    posterior = np.clip(posterior, _LEAST / 10, 1 - (1 - _MOST) / 10)
-    return np.asarray(np.log(posterior / (1 - posterior)) - claim)
+    none, sums, shifts = np.zeros(0), np.zeros((3, 1, 1, 1)), np.zeros((1, 1, 1))
+    cells, hits = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_)
+    learn(none, cells, hits, sums, shifts, none, 1.0, _PRIORS, _MOST, _CLOSEST)
+    return learn
