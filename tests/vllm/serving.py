@@ -11,6 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,10 +23,13 @@ class Server:
 
     Args:
         command: what to run; flags that make a small engine are added.
+        size: flags that make it another size.
         environment: variables on top of this process's.
     """
 
-    def __init__(self, command: list[str], **environment: str) -> None:
+    def __init__(
+        self, command: list[str], size: Sequence[str] = (), **environment: str
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -34,7 +38,7 @@ class Server:
         self._log = Path(path)
         flags = ["--host=127.0.0.1", f"--port={port}", "--dtype=float32"]
         flags += ["--enforce-eager", "--max-model-len=512", "--block-size=32"]
-        flags += ["--max-num-seqs=8"]
+        flags += ["--max-num-seqs=8", *size]
         self._process = subprocess.Popen(
             [*command, *flags],
             env={
@@ -64,6 +68,11 @@ class Server:
 
     def __exit__(self, *exc: object) -> None:
         self._end(signal.SIGTERM)
+
+    @property
+    def pid(self) -> int:
+        """Of the process that was started; others are its children."""
+        return self._process.pid
 
     def log(self) -> str:
         """What it has printed so far."""
