@@ -2,7 +2,7 @@
 # ones remake it only when the locked versions or the packaging change.
 #
 #   make demo    speed and sameness of text on an embedded model
-#   make test    the test suite; ARGS="-k tree" goes to pytest
+#   make test    the test suite, two files at a time; ARGS="-k tree" goes to pytest
 #   make lint    ruff, formatting, types
 #   make clean   removes .venv and everything made
 #
@@ -27,7 +27,7 @@ demo: $(READY)
 	$(BIN)/specplugin demo $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check
