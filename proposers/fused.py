@@ -174,11 +174,18 @@ class FusedProposer:
     def needs_top(self) -> int:
         return max((m.needs_top for m in self._members if m.enabled), default=0)
 
-    def observe_rows(self, tokens: IntArray, top: IntArray, emitted: IntArray) -> None:
+    knows_scopes = True
+
+    def observe_rows(
+        self, tokens: IntArray, top: IntArray, emitted: IntArray, scope: str = ""
+    ) -> None:
         for m in self._members:
+            if scope and not getattr(m.proposer, "knows_scopes", False):
+                continue
             if n := m.needs_top:
+                named = {"scope": scope} if scope else {}
                 shown = tokens, top[:, :n], emitted
-                m.attempt(partial(_call, m.proposer, "observe_rows", *shown))
+                m.attempt(partial(_call, m.proposer, "observe_rows", *shown, **named))
 
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
         views = ctx.requests
@@ -307,8 +314,8 @@ class FusedProposer:
             )
 
 
-def _call(proposer: Any, method: str, *args: Any) -> None:
-    getattr(proposer, method)(*args)
+def _call(proposer: Any, method: str, *args: Any, **named: Any) -> None:
+    getattr(proposer, method)(*args, **named)
 
 
 def _corrected(
