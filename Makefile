@@ -4,6 +4,7 @@
 #   make demo    speed and sameness of text on an embedded model
 #   make test    the test suite, two files at a time; ARGS="-k tree" goes to pytest
 #   make lint    ruff, formatting, types
+#   make audit   the locked packages: consistent, and without known holes
 #   make clean   removes .venv and everything made
 #
 # PYTHON chooses the interpreter (3.11 or newer) that .venv is made with. Bytecode
@@ -17,11 +18,11 @@ LOCK := requirements/cpu.txt
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^torch==/&/p' $(LOCK))
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint audit clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '4,7s/^#   //p' Makefile
+	@sed -n '4,8s/^#   //p' Makefile
 
 demo: $(READY)
 	$(BIN)/specplugin demo $(ARGS)
@@ -33,6 +34,9 @@ lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python tests/tools/typecheck.py
+
+audit: $(READY)
+	$(BIN)/python tests/tools/audit.py
 
 clean:
 	rm -rf $(VENV) .typecheck .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -7,6 +7,7 @@ what of its tokens the index has already seen.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,9 @@ class HistoryDrafter:
     """Drafts trees of what followed earlier occurrences of the latest tokens.
 
     Memory: 36 bytes per token of history (rounded up to a power of two) at the
-    peak of the live requests, and 36 bytes per token of the store.
+    peak of the live requests, and 44 bytes per token of the store. Scopes share the
+    store, its oldest text goes first, whose it may be; a look-up finds text of its
+    own scope only, which is compared, not only hashed.
 
     Args:
         rule: how to turn occurrences into trees.
@@ -62,6 +65,7 @@ class HistoryDrafter:
         self._max_nodes = engine.max_nodes
         self._slots: dict[str, int] = {}
         self._known: dict[str, int] = {}
+        self._scopes: dict[str, int | None] = {}
         self._free_slots: list[int] = []
         self._free_segments: dict[int, list[int]] = {}
         self._index = self._empty_index(slots=8, capacity=4 * _SMALLEST_SEGMENT)
@@ -69,6 +73,8 @@ class HistoryDrafter:
         self._used = 0
         store = self._new_slot()
         self._allot(store, max(store_tokens, 1))
+        room = np.zeros(int(self._index.masks[store]) + 1, np.int64)
+        self._index = self._index._replace(scopes=room)
         self._indexing.clear(self._index, store)
         self._warm_up()
 
@@ -79,6 +85,8 @@ class HistoryDrafter:
         slots, known, tails = [], [], []
         for view in requests:
             tokens = view.tokens
+            if view.req_id not in self._scopes:
+                self._scopes[view.req_id] = scope_code(view.scope)
             slot, seen = self._register(view.req_id, len(tokens))
             slots.append(slot)
             known.append(seen)
@@ -108,9 +116,10 @@ class HistoryDrafter:
             slot = self._slots.pop(req_id, None)
             if slot is None:
                 continue
-            if self._rule.use_store and self._known[req_id] > 1:
+            scope = self._scopes.pop(req_id)
+            if self._rule.use_store and scope is not None and self._known[req_id] > 1:
                 self._renumber_store()
-                self._indexing.absorb(index, slot)
+                self._indexing.absorb(index, slot, np.int64(scope))
             del self._known[req_id]
             self._free(slot)
             self._free_slots.append(slot)
@@ -145,6 +154,7 @@ class HistoryDrafter:
         tails: list[npt.NDArray[np.int32]],
     ) -> tuple[list[int], tuple[Array, Array, Array]]:
         n = len(requests)
+        scopes = [self._scopes[view.req_id] for view in requests]
         starts = [0, *itertools.accumulate(map(len, tails))]
         drafts = self._kernels.Drafts(
             np.empty((n, self._max_nodes), np.int32),
@@ -164,6 +174,8 @@ class HistoryDrafter:
             max_depth=np.array([view.max_depth for view in requests], np.int64),
             temperatures=np.array([view.temperature for view in requests], np.float64),
             seeds=np.array([view.seed & _WORD for view in requests], np.uint64),
+            scopes=np.array([scope or 0 for scope in scopes], np.int64),
+            stored=np.array([scope is not None for scope in scopes], np.bool_),
         )
         self._kernels.draft_batch(self._index, batch, self._rule, drafts)
         trees = drafts[:3]
@@ -178,8 +190,9 @@ class HistoryDrafter:
             return
         offset = int(index.offsets[0])
         text = np.roll(index.text[offset : offset + size], -(end % size))
+        scopes = np.roll(index.scopes, -(end % size))
         self._indexing.clear(index, 0)
-        self._indexing.extend(index, 0, text)
+        self._indexing.refill(index, text, scopes)
 
     def _new_slot(self) -> int:
         if self._free_slots:
@@ -228,6 +241,7 @@ class HistoryDrafter:
             offsets=np.zeros(slots, np.int64),
             masks=np.zeros(slots, np.int64),
             ends=np.zeros(slots, np.int64),
+            scopes=np.zeros(1, np.int64),
         )
 
     def _warm_up(self) -> None:
@@ -247,6 +261,15 @@ class HistoryDrafter:
         self.draft([view])
         self.release([""])
         self._indexing.clear(self._index, self._indexing.STORE)
+
+
+def scope_code(scope: str | None) -> int | None:
+    """A number for a scope: 0 for the common one, ``None`` for a request that
+    shares with nobody. Collisions of 64 bits of BLAKE2 are not provided for."""
+    if not scope:
+        return None if scope is None else 0
+    digest = hashlib.blake2b(scope.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def _doubled(array: Array) -> Array:

@@ -71,6 +71,10 @@ class Batch(NamedTuple):
     max_depth: LongArray
     temperatures: DoubleArray
     seeds: npt.NDArray[np.uint64]
+    scopes: LongArray
+    """``[n]`` whose text of the store each request may see ..."""
+    stored: npt.NDArray[np.bool_]
+    """``[n]`` ... if any."""
 
 
 class Drafts(NamedTuple):
@@ -145,8 +149,11 @@ def look_up(
     parents: IntArray,
     node: Int,
     s: Scratch,
+    stored: bool,
+    scope: Int,
 ) -> None:
-    """Fills a node's row with the occurrences of its context."""
+    """Fills a node's row with the occurrences of its context, in the request's
+    history and in what the store holds of its scope."""
     row, length = node + 1, 0
     while node >= 0 and length < rule.max_match:
         s.context[length] = tokens[node]
@@ -173,9 +180,10 @@ def look_up(
         enough,
         s.positions[row, :half],
         s.matches[row, :half],
+        np.int64(0),
     )
     store: Int = 0
-    if rule.use_store:
+    if rule.use_store and stored:
         store = collect(
             index,
             np.int64(STORE),
@@ -186,6 +194,7 @@ def look_up(
             enough,
             s.positions[row, local : local + half],
             s.matches[row, local : local + half],
+            scope,
         )
     s.local[row], s.total[row] = local, local + store
     if rule.longest_only:
@@ -317,8 +326,9 @@ def grow(
     slot, length = batch.slots[request], batch.lengths[request]
     coupled = rule.coupled and batch.temperatures[request] > 0.0
     seed = batch.seeds[request]
+    stored, scope = batch.stored[request], batch.scopes[request]
     tokens, parents = drafts.tokens[request], drafts.parents[request]
-    look_up(index, slot, rule, tokens, parents, np.int64(-1), s)
+    look_up(index, slot, rule, tokens, parents, np.int64(-1), s, stored, scope)
     queued = expand(
         index, slot, rule, np.int64(-1), 1.0, np.int64(0), coupled, seed, length, s
     )
@@ -336,7 +346,8 @@ def grow(
         if s.depths[size] < batch.max_depth[request] and size + 1 < most:
             inherit(index, slot, np.int64(parent), np.int64(size), np.int64(token), s)
             if rule.refresh and s.total[size + 1] < _THIN:
-                look_up(index, slot, rule, tokens, parents, np.int64(size), s)
+                node = np.int64(size)
+                look_up(index, slot, rule, tokens, parents, node, s, stored, scope)
             queued = expand(
                 index,
                 slot,

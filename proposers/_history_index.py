@@ -80,6 +80,9 @@ class Index(NamedTuple):
     """``[slots]``."""
     ends: LongArray
     """``[slots]`` number of tokens ever appended."""
+    scopes: LongArray
+    """``[masks[STORE] + 1]`` whose text the store holds at a position; see
+    :func:`absorb`."""
 
 
 def jit(function: Function) -> Function:
@@ -105,14 +108,20 @@ def clear(index: Index, slot: Int) -> None:
 
 
 @inner
-def append(index: Index, slot: Int, token: Int) -> None:
-    """Adds one token, overwriting the oldest one if the segment is full."""
+def append(index: Index, slot: Int, token: Int, scope: Int) -> None:
+    """Adds one token, overwriting the oldest one if the segment is full.
+
+    Args:
+        scope: whose text it is; 0 in the segments of requests.
+    """
     offset, mask, end = index.offsets[slot], index.masks[slot], index.ends[slot]
     index.text[offset + (end & mask)] = token
     index.ends[slot] = end + 1
+    if slot == STORE:
+        index.scopes[end & mask] = scope
     start = max(0, end - mask)
     length = 0
-    code: Int = np.int64(0)
+    code: Int = np.int64(scope)
     # Shortest order first, so that one pass over the context serves them all.
     for order in range(len(ORDERS) - 1, -1, -1):
         while length < ORDERS[order] and end - length >= start:
@@ -138,18 +147,30 @@ def mix(code: Int, token: Int) -> Int:
 
 @jit
 def extend(index: Index, slot: Int, tokens: IntArray) -> None:
-    """Appends several tokens."""
+    """Appends several tokens to the segment of a request."""
     for token in tokens:
-        append(index, slot, np.int64(token))
+        append(index, slot, np.int64(token), np.int64(0))
 
 
 @jit
-def absorb(index: Index, slot: Int) -> None:
-    """Copies the text of a slot into the store, behind a separator."""
+def absorb(index: Index, slot: Int, scope: Int) -> None:
+    """Copies the text of a slot into the store, behind a separator.
+
+    Args:
+        scope: only look-ups of the same scope will find it.
+    """
     offset, end = index.offsets[slot], index.ends[slot]
     start = max(0, end - index.masks[STORE])
-    append(index, np.int64(STORE), np.int64(SEPARATOR))
-    extend(index, np.int64(STORE), index.text[offset + start : offset + end])
+    append(index, np.int64(STORE), np.int64(SEPARATOR), scope)
+    for token in index.text[offset + start : offset + end]:
+        append(index, np.int64(STORE), np.int64(token), scope)
+
+
+@jit
+def refill(index: Index, text: IntArray, scopes: LongArray) -> None:
+    """Fills an empty store with text that was in it."""
+    for i in range(len(text)):
+        append(index, np.int64(STORE), np.int64(text[i]), scopes[i])
 
 
 @inner
@@ -173,6 +194,17 @@ def match_length(
     return length
 
 
+@inner
+def goes_on(index: Index, slot: Int, position: Int, scope: Int) -> bool:
+    """Whether a position's text belongs to a scope and has a next token."""
+    if slot == STORE and index.scopes[position & index.masks[slot]] != scope:
+        return False
+    if position + 1 >= index.ends[slot]:
+        return False
+    at = index.offsets[slot] + ((position + 1) & index.masks[slot])
+    return bool(index.text[at] >= 0)
+
+
 @jit
 def collect(
     index: Index,
@@ -184,6 +216,7 @@ def collect(
     enough: Int,
     positions: IntArray,
     lengths: IntArray,
+    scope: Int,
 ) -> Int:
     """Lists occurrences of the suffixes of a context that have a next token.
 
@@ -195,6 +228,7 @@ def collect(
         positions: ``[n]`` receives the positions *after* the matches: longer
             orders first, recent ones first within an order.
         lengths: ``[n]`` receives the match lengths.
+        scope: whose text counts, in the store; 0 in the segments of requests.
 
     Returns:
         How many were found, at most ``n``.
@@ -209,7 +243,7 @@ def collect(
         length = ORDERS[order]
         if length > limit or found >= enough:
             continue
-        code: Int = np.int64(0)
+        code: Int = np.int64(scope)
         for i in range(length):
             code = mix(code, np.int64(context[i]))
         position: Int = np.int64(index.heads[order, offset + ((code >> 17) & mask)])
@@ -217,7 +251,7 @@ def collect(
         steps = 2 * size
         while position >= start and steps > 0 and found < size:
             steps -= 1
-            if position + 1 < end and index.text[offset + ((position + 1) & mask)] >= 0:
+            if goes_on(index, slot, position, scope):
                 match = match_length(index, slot, position, context, np.int64(limit))
                 if length <= match < above and match >= minimum:
                     positions[found] = position + 1

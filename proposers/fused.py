@@ -176,11 +176,18 @@ class FusedProposer:
     def needs_top(self) -> int:
         return max((m.needs_top for m in self._members if m.enabled), default=0)
 
-    def observe_rows(self, tokens: IntArray, top: IntArray, emitted: IntArray) -> None:
+    knows_scopes = True
+
+    def observe_rows(
+        self, tokens: IntArray, top: IntArray, emitted: IntArray, scope: str = ""
+    ) -> None:
         for m in self._members:
+            if scope and not getattr(m.proposer, "knows_scopes", False):
+                continue
             if n := m.needs_top:
+                named = {"scope": scope} if scope else {}
                 shown = tokens, top[:, :n], emitted
-                m.attempt(partial(_call, m.proposer, "observe_rows", *shown))
+                m.attempt(partial(_call, m.proposer, "observe_rows", *shown, **named))
 
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
         views = ctx.requests
@@ -304,8 +311,8 @@ class FusedProposer:
         _observe(self._agreed, call.merged, nodes, hits, owner, call, req_ids)
 
 
-def _call(proposer: Any, method: str, *args: Any) -> None:
-    getattr(proposer, method)(*args)
+def _call(proposer: Any, method: str, *args: Any, **named: Any) -> None:
+    getattr(proposer, method)(*args, **named)
 
 
 def _observe(

@@ -14,8 +14,11 @@ past requests, counts as probabilities, nodes by their product. Differences:
   (coupled drafting; formulas in :mod:`._history_votes`).
 
 Deterministic in the sequence of calls: no clock, no hashes of Python objects,
-no dependence on ids. Memory: 36 bytes per token, of the live requests at their
-peak (each history rounded up to a power of two) and of the store.
+no dependence on ids. Memory: 36 bytes per token of the live requests at their
+peak (each history rounded up to a power of two), 44 per token of the store.
+
+Text of a request goes to, and is drafted for, requests of the same
+:attr:`~vllm_specplugin.interfaces.RequestView.scope` only.
 """
 
 from __future__ import annotations

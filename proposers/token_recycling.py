@@ -3,7 +3,10 @@
 A matrix keeps, for every token, the k tokens that the target last found likeliest
 after it; every verified row rewrites the row of the token it read (2408.08696).
 Nothing is trained, nothing is kept per request, and the matrix serves all
-requests: it takes ``vocabulary * k * 4`` bytes (9.7 MB for 152k tokens and k = 16).
+requests of a scope: it takes ``vocabulary * k * 4`` bytes (9.7 MB for 152k tokens and
+k = 16). Beside the common one there are at most ``scopes`` matrices. A scope that
+finds no place drafts nothing; its place is that of one that :data:`IDLE` steps went
+by without. Shares of ranks, which hold no token, are learnt from all.
 
 The paper's tree is fixed. Here it is grown best-first: child ``r`` of a node is
 worth ``q[r]``, the share of emitted tokens that stood at rank ``r`` of the row as
@@ -14,6 +17,7 @@ temperature > 0 ranks are coupled to the noise that the target will use
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,10 +34,14 @@ if TYPE_CHECKING:
 
     from vllm_specplugin.device_interfaces import DeviceProposer
 
-__all__ = ["MEMORY", "TokenRecyclingProposer"]
+__all__ = ["IDLE", "MEMORY", "TokenRecyclingProposer"]
 
 MEMORY = 2000
 """Emitted tokens after which what was learnt about ranks has faded to 1/e."""
+
+IDLE = 256
+"""Calls after which an unused matrix may be given to another scope. Sooner, scopes
+that take turns would empty each other's at every step."""
 
 _PRIOR = 20.0
 """Emitted tokens that the first guess of the ranks' shares counts for."""
@@ -59,6 +67,14 @@ class TokenRecyclingProposer:
         trust: float = option(
             0.5, "share of the estimate that rests on the noise", low=0, high=1
         )
+        scopes: int = option(
+            4,
+            "matrices for requests with a scope of their own, beside the common one",
+            low=0,
+            high=1024,
+        )
+
+    knows_scopes = True
 
     def __init__(self, config: Config, engine: EngineInfo) -> None:
         from vllm_specplugin.proposers._recycling_tree import grow  # compiles
@@ -68,11 +84,30 @@ class TokenRecyclingProposer:
         self._noise = engine.noise
         self.needs_top = min(config.k, engine.vocab_size)
         self._matrix = np.full((engine.vocab_size, self.needs_top), -1, dtype=np.int32)
+        self._scoped: OrderedDict[str, tuple[int, IntArray]] = OrderedDict()
+        self._calls = 0
         ranks = np.arange(self.needs_top)
         self._hits = _PRIOR * 0.4 * 0.5**ranks
         self._seen = _PRIOR
 
-    def observe_rows(self, tokens: IntArray, top: IntArray, emitted: IntArray) -> None:
+    def _of_scope(self, scope: str | None) -> IntArray | None:
+        """The matrix of a scope, a new one where there is room; else ``None``."""
+        if not scope:
+            return None if scope is None else self._matrix
+        found = self._scoped.pop(scope, None)
+        if found is None:
+            if len(self._scoped) >= self._config.scopes:
+                oldest = next(iter(self._scoped), None)
+                if oldest is None or self._calls - self._scoped[oldest][0] < IDLE:
+                    return None
+                del self._scoped[oldest]
+            found = 0, np.full_like(self._matrix, -1)
+        self._scoped[scope] = self._calls, found[1]
+        return found[1]
+
+    def observe_rows(
+        self, tokens: IntArray, top: IntArray, emitted: IntArray, scope: str = ""
+    ) -> None:
         """Learns from the rows of a step; of one token's rows the last is kept.
 
         Args:
@@ -80,11 +115,15 @@ class TokenRecyclingProposer:
             top: ``[rows, needs_top]`` the target's likeliest next tokens, the
                 likeliest first, -1 for none.
             emitted: ``[rows]`` the token emitted from the row, -1 for none.
+            scope: of the requests that the rows belong to.
         """
-        vocab = len(self._matrix)
+        matrix = self._of_scope(scope)
+        if matrix is None:
+            return
+        vocab = len(matrix)
         rows = np.flatnonzero((tokens >= 0) & (tokens < vocab))
         tokens, top, emitted = tokens[rows], top[rows], emitted[rows]
-        before = self._matrix[tokens]
+        before = matrix[tokens]
         told = np.flatnonzero((emitted >= 0) & (before[:, 0] >= 0))
         if len(told):
             fade = np.exp(-len(told) / MEMORY)
@@ -92,7 +131,7 @@ class TokenRecyclingProposer:
             self._hits = self._hits * fade + hits
             self._seen = self._seen * fade + len(told)
         # Of equal indices NumPy's assignment keeps the last.
-        self._matrix[tokens] = np.where(top < vocab, top, -1)
+        matrix[tokens] = np.where(top < vocab, top, -1)
 
     def ranks(self) -> npt.NDArray[np.float64]:
         """``[needs_top]`` share of emitted tokens that stood at each rank."""
@@ -100,18 +139,20 @@ class TokenRecyclingProposer:
         return np.asarray(shares / max(1.0, shares.sum()))
 
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
+        self._calls += 1
         ranks = self.ranks()
         return [self._draft(view, ranks) for view in ctx.requests]
 
     def _draft(self, view: RequestView, ranks: npt.NDArray[np.float64]) -> DraftTree:
         config, most = self._config, view.max_nodes
-        if not len(view.tokens):
+        matrix = self._of_scope(view.scope)
+        if matrix is None or not len(view.tokens):
             return EMPTY_TREE
         tokens = np.empty(most, dtype=np.int32)
         parents = np.empty(most, dtype=np.int32)
         estimates = np.empty(most, dtype=np.float64)
         n = self._grow(
-            self._matrix,
+            matrix,
             ranks,
             int(view.tokens[-1]),
             np.uint64(view.seed),

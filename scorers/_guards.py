@@ -38,10 +38,13 @@ class GuardConfig:
     """Limits of every lossy rule."""
 
     relax_run: int = option(
-        8, "most consecutive tokens accepted by leniency only", low=0
+        8, "most consecutive tokens accepted by leniency only", low=0, high=1 << 31
     )
     relax_entropy: float = option(
-        3.0, "nats of entropy above which nothing is accepted by leniency", low=0
+        3.0,
+        "nats of entropy above which nothing is accepted by leniency",
+        low=0,
+        high=100,
     )
     relax_share: float = option(
         0.5, "largest share of a request's output accepted by leniency", low=0, high=1

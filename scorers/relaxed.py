@@ -42,8 +42,12 @@ class RelaxedScorer(LenientScorer):
         delta: float = option(
             0.6, "largest difference in probability to the best", low=0, high=1
         )
-        begin: int = option(OFF, "token id after which to be lenient", low=OFF)
-        end: int = option(OFF, "token id after which to be strict again", low=OFF)
+        begin: int = option(
+            OFF, "token id after which to be lenient", low=OFF, high=1 << 31
+        )
+        end: int = option(
+            OFF, "token id after which to be strict again", low=OFF, high=1 << 31
+        )
 
         def __post_init__(self) -> None:
             if (self.begin == OFF) != (self.end == OFF):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 
 from vllm_specplugin import SCORERS, ConfigError
 from vllm_specplugin.config import SpecConfig
-from vllm_specplugin.requests import RequestOptions, RequestParser
+from vllm_specplugin.requests import RequestOptions, RequestParser, cache_scope
 from vllm_specplugin.scorers.typical import TypicalScorer
 
 
@@ -77,6 +79,8 @@ def test_options_override_the_operators():
         ({"spec_min_nodes": "3"}, "spec_min_nodes='3'"),
         ({"spec_min_nodes": 5, "spec_max_nodes": 4}, "not above the maximum"),
         ({"spec_": 1}, "no option spec_ with"),
+        ({"spec_cache_scope": 3}, "spec_cache_scope=3: expected a string of at most"),
+        ({"spec_cache_scope": "a" * 257}, "256 characters"),
     ],
 )
 def test_wrong_options_are_refused(values, message):
@@ -124,3 +128,103 @@ def test_requests_do_not_look_at_installed_packages(monkeypatch):
     monkeypatch.setattr(SCORERS, "_entry_points", lambda: pytest.fail("looked"))
     for values in ({}, {"spec_scorer": "typical"}, {"spec_scorer": "rejection"}):
         parser.parse(values)
+
+
+BIG = 10**6
+HOSTILE = {
+    "huge integer": 10**5000,
+    "negative huge integer": -(10**5000),
+    "64 bits": 2**64,
+    "infinite": float("inf"),
+    "not a number": float("nan"),
+    "number as a string": "1",
+    "ten megabytes": "a" * (10 * BIG),
+    "nested": {"a": [{"b": [[[[1]]]]}]},
+    "long list": list(range(BIG)),
+    "null": None,
+    "dotted path": "os.path:join",
+    "our class": "vllm_specplugin.scorers.typical:TypicalScorer",
+    "file": "file:///etc/passwd",
+    "parent": "../../etc/passwd",
+    "bytes": b"x" * BIG,
+    "object": object(),
+    "true": True,
+}
+
+
+def outcome(parser, values):
+    try:
+        return parser.parse(values), ""
+    except ConfigError as error:
+        return None, str(error)
+
+
+@pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_values_are_refused_in_few_words(value):
+    """Or taken, where they are a legal value: never anything but that."""
+    everything = SpecConfig(request_scorers=list(SCORERS.names()))
+    parser = RequestParser(everything)
+    keys = {"scorer", "max_nodes", "min_nodes", "cache_scope"}
+    for scorer in SCORERS.names():
+        options = getattr(SCORERS.get(scorer), "Config", None)
+        fields = set(getattr(options, "__dataclass_fields__", ()))
+        for key in keys | fields:
+            values = {"spec_scorer": scorer, f"spec_{key}": value}
+            tracemalloc.start()
+            found, message = outcome(parser, values)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert len(message) < 700
+            legal = value is None or key == "cache_scope"
+            assert message or legal or 0 <= getattr(found.settings, key) <= 2**31
+            assert peak < 2 * BIG
+
+
+def test_hostile_keys_are_refused_in_few_words():
+    for values in (
+        {f"spec_{i}": 1 for i in range(BIG // 10)},
+        {"spec_" + "a" * BIG: 1},
+        {"spec_scorer": "typical", "spec___class__": "os:system"},
+        {"spec_proposer": "os:system"},
+        {"spec_trace": "/tmp/x"},
+        {"spec_model": "/etc/passwd"},
+    ):
+        with pytest.raises(ConfigError, match="no option spec_") as caught:
+            parse_request(values, OPEN)
+        assert len(str(caught.value)) < 1500
+
+
+def test_requests_stay_within_the_operators_limits():
+    mine = SpecConfig(
+        scorer="typical", request_limits={"relax_share": 0.2, "epsilon": 0.5}
+    )
+    assert parse_request({"spec_relax_share": 0.2}, mine).settings.relax_share == 0.2
+    message = r"spec_relax_share=0.3: expected at most 0.2, the operator's"
+    with pytest.raises(ConfigError, match=message):
+        parse_request({"spec_relax_share": 0.3}, mine)
+    with pytest.raises(ConfigError, match="request_limits"):
+        SpecConfig.from_dict({"request_limits": {"relax_share": "all"}})
+
+
+def test_scopes_are_kept_apart_by_all_that_is_given():
+    given = [
+        (name, salt, tenant)
+        for name in ("", "a", "b")
+        for salt in (None, "a", "b")
+        for tenant in (None, "a", "b")
+    ]
+    assert len({cache_scope(*one) for one in given}) == len(given)
+    assert cache_scope("", None, None) == "" == cache_scope("", "", None)
+    # What a worker is told cannot be named by another request.
+    assert cache_scope(cache_scope("a", None, None), None, None) != cache_scope(
+        "a", None, None
+    )
+
+
+def test_an_operator_may_have_nothing_shared():
+    mine = SpecConfig(cache_scope="request")
+    assert parse_request({}, mine).scope is None
+    assert parse_request({"spec_cache_scope": "a"}, mine).scope is None
+    assert parse_request({"spec_cache_scope": "a"}, SpecConfig()).scope == "a"
+    with pytest.raises(ConfigError, match="cache_scope='all': expected one of"):
+        SpecConfig.from_dict({"cache_scope": "all"})

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from vllm_specplugin import EMPTY_TREE, DraftTree
@@ -15,6 +17,20 @@ def layout() -> StepLayout:
         root_rows=[0, 9, 10],
         root_positions=[20, 4, 50],
     )
+
+
+def test_fingerprints_tell_what_ranks_must_agree_on():
+    whole, tree = layout(), DraftTree([7, 8, 9, 6], [-1, 0, -1, 0])
+    assert layout().fingerprint() == whole.fingerprint() < 1 << 32
+    others = [
+        replace(whole, root_positions=[20, 4, 51]),
+        replace(whole, root_rows=[1, 9, 10]),
+        replace(whole, trees=[tree, EMPTY_TREE, DraftTree.chain([3])]),
+        replace(whole, trees=[TREE, EMPTY_TREE, DraftTree.chain([4])]),
+        replace(whole, trees=[TREE, DraftTree.chain([3]), EMPTY_TREE]),
+        replace(whole, trees=[TREE.prefix(3), EMPTY_TREE, DraftTree.chain([3])]),
+    ]
+    assert len({one.fingerprint() for one in [whole, *others]}) == 7
 
 
 def test_rows_of_a_mixed_batch():

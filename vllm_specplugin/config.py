@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import math
 import os
 import shutil
 import tempfile
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
 from vllm_specplugin.draft import MAX_NODES
-from vllm_specplugin.errors import ConfigError, complain
+from vllm_specplugin.errors import ConfigError, complain, shown
 from vllm_specplugin.registry import POLICIES, PROPOSERS, SCORERS, Registry
 
 __all__ = [
@@ -126,15 +127,22 @@ def _check(value: Any, hint: Any, field: dataclasses.Field[Any], where: str) -> 
     # bool is an int in Python, but `true` is no number of nodes.
     ok = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value, ok = float(value), True
+        try:
+            value, ok = float(value), True
+        except OverflowError:
+            value, ok = math.inf if value > 0 else -math.inf, True
     if choices is not None:
         if value not in choices:
             raise ConfigError(
-                complain(f"{where}={value!r}", f"one of {', '.join(choices)}", remedy)
+                complain(
+                    f"{where}={shown(value)}", f"one of {', '.join(choices)}", remedy
+                )
             )
     elif not ok:
         raise ConfigError(
-            complain(f"{where}={value!r}", f"a value of type {kind.__name__}", remedy)
+            complain(
+                f"{where}={shown(value)}", f"a value of type {kind.__name__}", remedy
+            )
         )
     # Written so that NaN fails too.
     if (low is not None and not value >= low) or (
@@ -147,7 +155,7 @@ def _check(value: Any, hint: Any, field: dataclasses.Field[Any], where: str) -> 
             if low is None
             else f"a value from {low} to {high}"
         )
-        raise ConfigError(complain(f"{where}={value!r}", bounds, remedy))
+        raise ConfigError(complain(f"{where}={shown(value)}", bounds, remedy))
     return value
 
 
@@ -176,6 +184,16 @@ class SpecConfig:
     request_scorers: Sequence[str] | None = None
     """Scorers that requests may choose; ``None`` for all lossless ones. Beside
     these, always the default ``scorer``."""
+    request_limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Largest value that requests may give for an option of a scorer, by its name:
+    ``{"relax_share": 0.2}``."""
+    cache_scope: str = option(
+        "tenant",
+        "who shares what proposers remember of texts: 'tenant': requests with the "
+        "same API key (where there are several), cache_salt and spec_cache_scope; "
+        "'shared': all with the same spec_cache_scope; 'request': nobody",
+        choices=("tenant", "shared", "request"),
+    )
     full_graphs: bool = option(
         False,
         "let full CUDA graphs hold tree attention (second model runner, equally "
@@ -255,6 +273,15 @@ class SpecConfig:
             )
         for name in names or ():
             SCORERS.get(name)
+        for name, most in self.request_limits.items():
+            if isinstance(most, bool) or not isinstance(most, (int, float)):
+                raise ConfigError(
+                    complain(
+                        f"request_limits {{{name!r}: {shown(most)}}}",
+                        "a number for each option",
+                        'write {"relax_share": 0.2}',
+                    )
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON and for vLLM's configuration hash."""

@@ -130,10 +130,13 @@ class Drafter:
         """Whether the proposer reads the target's hidden states."""
         return self.enabled and bool(getattr(self._proposer, "needs_hidden", False))
 
-    def observe_rows(self, *rows: npt.NDArray[np.int32]) -> None:
+    def observe_rows(self, *rows: npt.NDArray[np.int32], scope: str = "") -> None:
         """See :class:`~vllm_specplugin.interfaces.RowObserver`."""
+        named = {"scope": scope} if scope else {}
+        if named and not getattr(self._proposer, "knows_scopes", False):
+            return
         try:
-            self._proposer.observe_rows(*rows)  # type: ignore[attr-defined]
+            self._proposer.observe_rows(*rows, **named)  # type: ignore[attr-defined]
         except Exception as error:
             self._failed("proposer_error", error)
 

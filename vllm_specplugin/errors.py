@@ -7,6 +7,9 @@ that messages read alike wherever they come from.
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
 __all__ = [
     "ConfigError",
     "DraftTreeError",
@@ -14,6 +17,7 @@ __all__ = [
     "UnknownNameError",
     "UnsupportedError",
     "complain",
+    "shown",
 ]
 
 
@@ -44,3 +48,23 @@ def complain(found: str, expected: str, remedy: str) -> str:
     'max_nodes=0: expected an integer from 1 to 64. To fix it: leave it out.'
     """
     return f"{found}: expected {expected}. To fix it: {remedy}."
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+        self.maxlevel, self.maxdict, self.maxlist, self.maxtuple = 3, 4, 8, 8
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write out very long integers, with an error of its own.
+        return repr(x) if x.bit_length() <= 128 else f"<{x.bit_length()} bits>"
+
+
+def shown(value: Any) -> str:
+    """A value from outside as a message may repeat it: as ``repr`` has it, cut.
+
+    >>> shown(0.5), shown("typical"), len(shown("a" * 10**6))
+    ('0.5', "'typical'", 80)
+    """
+    return _Short().repr(value)

@@ -97,6 +97,9 @@ class RequestView:
     scorer ``exact``. See :mod:`vllm_specplugin.noise`."""
     options: Mapping[str, Any]
     """The request's own options (``SamplingParams.extra_args``)."""
+    scope: str | None = ""
+    """Requests of different scopes must not learn from each other's tokens; those
+    of ``None`` from nobody's, nor anybody from theirs. ``""`` is the common one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

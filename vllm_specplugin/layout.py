@@ -6,6 +6,7 @@ flat token list: its root (the last committed token), then ``n`` draft tokens.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -76,6 +77,14 @@ class StepLayout:
         if not self.has_drafts:
             return np.arange(len(self.trees) + 1, dtype=np.int32)
         return np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int32)
+
+    def fingerprint(self) -> int:
+        """32 bits that differ where tokens, shapes or places of the trees do."""
+        ends = np.array([self.root_rows, self.root_positions], dtype=np.int64)
+        code = 0
+        for part in (self.tokens, self.parents, self.starts, ends):
+            code = zlib.crc32(part.tobytes(), code)
+        return code
 
     @cached_property
     def num_rows(self) -> int:

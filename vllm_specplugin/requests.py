@@ -9,24 +9,31 @@ HTTP), in keys that begin with ``spec_``; other keys are none of our business::
 proposer, policy or scorer class that reads further keys of its own lists them,
 without the prefix, in a class attribute ``request_options``; they are let through
 unchecked.
+
+``spec_cache_scope`` names with whom a request shares what proposers remember of
+texts; see :func:`cache_scope`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from vllm_specplugin.config import ROLES, SpecConfig, check_option, parse_options
 from vllm_specplugin.draft import MAX_NODES
-from vllm_specplugin.errors import ConfigError, complain
+from vllm_specplugin.errors import ConfigError, complain, shown
 from vllm_specplugin.registry import SCORERS
 
-__all__ = ["PREFIX", "RequestOptions", "RequestParser"]
+__all__ = ["PREFIX", "SCOPE_KEY", "RequestOptions", "RequestParser", "cache_scope"]
 
 PREFIX = "spec_"
+SCOPE_KEY = "spec_cache_scope"
+_LONGEST_SCOPE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,8 @@ class RequestOptions:
     """Most nodes to draft in one step; ``None`` for the operator's limit."""
     min_nodes: int = 0
     """Nodes to draft, where there are as many, whatever a policy thinks."""
+    scope: str | None = ""
+    """See :attr:`~vllm_specplugin.interfaces.RequestView.scope`."""
 
 
 class RequestParser:
@@ -56,7 +65,10 @@ class RequestParser:
             name for one in factories for name in getattr(one, "request_options", ())
         }
         self._factories: dict[str, Any] = {}
-        self.default = RequestOptions(config.scorer, self._settings(config.scorer, {}))
+        self._common = None if config.cache_scope == "request" else ""
+        self.default = RequestOptions(
+            config.scorer, self._settings(config.scorer, {}), scope=self._common
+        )
         """What a request without options gets."""
 
     @cached_property
@@ -93,7 +105,7 @@ class RequestParser:
         if scorer != self._config.scorer and scorer not in self.choosable:
             raise ConfigError(
                 complain(
-                    f"spec_scorer={scorer!r}",
+                    f"spec_scorer={shown(scorer)}",
                     f"one of {', '.join(self.choosable)}",
                     "choose one of these, or have the operator add it to "
                     "request_scorers in --spec-options",
@@ -101,6 +113,9 @@ class RequestParser:
             )
         most = _nodes("max_nodes", given.pop("max_nodes", None))
         least = _nodes("min_nodes", given.pop("min_nodes", None)) or 0
+        scope: str | None = _scope(given.pop("cache_scope", ""))
+        if self._common is None:
+            scope = None
         if most is not None and least > most:
             raise ConfigError(
                 complain(
@@ -109,7 +124,8 @@ class RequestParser:
                     "lower spec_min_nodes or raise spec_max_nodes",
                 )
             )
-        return RequestOptions(scorer, self._settings(scorer, given), most, least)
+        settings = self._settings(scorer, given)
+        return RequestOptions(scorer, settings, most, least, scope)
 
     def _factory(self, name: str) -> Any:
         if name not in self._factories:
@@ -122,11 +138,11 @@ class RequestParser:
         names = {f.name for f in dataclasses.fields(options)} if options else set()
         others = self._others | set(getattr(factory, "request_options", ()))
         if unknown := sorted(set(given) - names - others):
-            known = ["scorer", "max_nodes", "min_nodes", *sorted(names | others)]
+            first = ["scorer", "max_nodes", "min_nodes", "cache_scope"]
+            known = [*first, *sorted(names | others)]
             raise ConfigError(
                 complain(
-                    f"no option {', '.join(PREFIX + name for name in unknown)} with "
-                    f"spec_scorer={scorer!r}",
+                    f"no option {_listed(unknown)} with spec_scorer={scorer!r}",
                     f"only {', '.join(PREFIX + name for name in known)}",
                     "remove or rename the key, or choose the scorer it belongs to",
                 )
@@ -140,8 +156,55 @@ class RequestParser:
             for name, value in given.items()
             if name in names
         }
+        self._check_limits(chosen)
         base = parse_options(options, operators, f"{scorer} options")
         return dataclasses.replace(base, **chosen)
+
+    def _check_limits(self, chosen: Mapping[str, Any]) -> None:
+        for name, most in self._config.request_limits.items():
+            if name in chosen and not chosen[name] <= most:
+                raise ConfigError(
+                    complain(
+                        f"{PREFIX}{name}={shown(chosen[name])}",
+                        f"at most {most}, the operator's limit for requests",
+                        "lower it, or have the operator raise request_limits in "
+                        "--spec-options",
+                    )
+                )
+
+
+def cache_scope(name: str, salt: str | None, tenant: str | None) -> str:
+    """One name for all that keeps a request's text from others; ``""`` for nothing.
+
+    It is a digest, so that a request can name no scope but through what it was
+    given: neither another's API key nor another's salt.
+
+    Args:
+        name: the request's ``spec_cache_scope``.
+        salt: its ``cache_salt``, which already keeps cached prefixes apart.
+        tenant: whose request it is, if known.
+    """
+    parts = [name or None, salt or None, tenant or None]
+    if not any(parts):
+        return ""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _listed(names: Sequence[str]) -> str:
+    cut = [shown(PREFIX + name)[1:-1] for name in names[:5]]
+    return ", ".join(cut) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _scope(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > _LONGEST_SCOPE:
+        raise ConfigError(
+            complain(
+                f"{SCOPE_KEY}={shown(value)}",
+                f"a string of at most {_LONGEST_SCOPE} characters",
+                "name the scope by something short that only its members know",
+            )
+        )
+    return value
 
 
 def _nodes(key: str, value: Any) -> int | None:
@@ -154,7 +217,7 @@ def _nodes(key: str, value: Any) -> int | None:
     ):
         raise ConfigError(
             complain(
-                f"{PREFIX}{key}={value!r}",
+                f"{PREFIX}{key}={shown(value)}",
                 f"an integer from 0 to {MAX_NODES}",
                 "give a number of nodes, 0 for none",
             )

@@ -59,6 +59,13 @@ class RequestScorer:
         """What an admitted request chose."""
         return self._choices.get(req_id, self._parser.default)
 
+    def scopes(self, req_ids: Sequence[str]) -> list[str | None] | None:
+        """With whom requests share what is learnt; ``None`` if all with all."""
+        if not self._choices and self._parser.default.scope == "":
+            return None
+        found = [self.options(req_id).scope for req_id in req_ids]
+        return found if any(scope != "" for scope in found) else None
+
     def release(self, req_ids: Sequence[str]) -> None:
         """Called when requests are gone."""
         for req_id in req_ids:

@@ -22,7 +22,10 @@ class RowObserver(Protocol):
     """A proposer that learns from the target's rows also has this."""
 
     needs_top: int
-    """Tokens per row it wants to see; 0 for none."""
+    """Tokens per row it wants to see; 0 for none. With an attribute ``knows_scopes``
+    that is true it is called once for each scope among the requests of a step, with
+    its name as a keyword ``scope``; else rows of requests with a scope are withheld
+    from it. Rows of requests that share with nobody are shown to nobody."""
 
     def observe_rows(
         self,

@@ -24,10 +24,13 @@ def make_index(size: int = MASK + 1) -> indexing.Index:
         offsets=np.array([0, size]),
         masks=np.array([size - 1, size - 1]),
         ends=np.zeros(2, np.int64),
+        scopes=np.zeros(size, np.int64),
     )
 
 
-def found(index, slot, context, *, minimum=1, maximum=32, size=4096, enough=None):
+def found(
+    index, slot, context, *, minimum=1, maximum=32, size=4096, enough=None, scope=0
+):
     """``{position after the match: match length}``."""
     positions, lengths = np.empty(size, np.int32), np.empty(size, np.int32)
     n = indexing.collect(
@@ -40,6 +43,7 @@ def found(index, slot, context, *, minimum=1, maximum=32, size=4096, enough=None
         enough or size,
         positions,
         lengths,
+        scope,
     )
     assert len(set(positions[:n].tolist())) == n
     return dict(zip(positions[:n].tolist(), lengths[:n].tolist(), strict=True))
@@ -94,10 +98,10 @@ def test_a_full_segment_forgets_its_oldest_tokens():
 def test_nothing_matches_across_a_separator():
     index = make_index()
     indexing.extend(index, 1, np.array([7, 1, 2, 3], np.int32))
-    indexing.absorb(index, 1)
+    indexing.absorb(index, 1, 0)
     indexing.clear(index, 1)
     indexing.extend(index, 1, np.array([5, 1, 2], np.int32))
-    indexing.absorb(index, 1)
+    indexing.absorb(index, 1, 0)
     stored = [-1, 7, 1, 2, 3, -1, 5, 1, 2]
     assert index.text[: len(stored)].tolist() == stored
     assert found(index, indexing.STORE, [9, 1, 2]) == {4: 2}

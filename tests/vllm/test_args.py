@@ -27,6 +27,19 @@ def engine_args(parser, *flags):
     return EngineArgs.from_cli_args(parser.parse_args(["--model", "m", *flags]))
 
 
+@pytest.mark.parametrize(
+    ("options", "cached"),
+    [
+        ({}, 0),
+        ({"cache_scope": "shared"}, None),
+        ({"proposer": {"engine": {"suffix_decoding_max_cached_requests": 9}}}, 9),
+    ],
+)
+def test_vllms_own_store_knows_no_scopes(options, cached):
+    made = speculate("vllm:suffix", options=options)["speculative_config"]
+    assert made.get("suffix_decoding_max_cached_requests") == cached
+
+
 def test_flags_become_engine_arguments(parser):
     args = engine_args(
         parser,

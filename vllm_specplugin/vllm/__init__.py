@@ -15,6 +15,8 @@ entry point ``vllm.general_plugins``      being loaded in every process
 ``register_backend``                      tree attention
 ``SamplingParams.extra_args``             per-request options
 ``vllm.endpoint_plugins``                 ``GET /specplugin/status``
+``--middleware``                          telling API keys apart, where there
+                                          are several
 Prometheus's files between processes      workers' counters in ``/metrics``
 ========================================  ==================================
 
@@ -28,6 +30,9 @@ Patches, each with the reason and when to remove it:
     wrapped, the second by the first and only where the plugin is switched on, to
     refuse wrong ``spec_*`` options of a request with a 400. Remove when vLLM lets
     plugins validate ``extra_args``.
+``InputProcessor.process_inputs`` (``admission.py``)
+    wrapped in the same place, to tell workers with whom a request shares what is
+    learnt. Remove when ``NewRequestData`` has the ``cache_salt``.
 ``OutputProcessor.process_outputs`` (``front_end.py``)
     wrapped in the same place, to add the rule and the tokens accepted by leniency
     to the per-request statistics that vLLM puts into a response. Remove when

@@ -59,6 +59,9 @@ class DeviceSide:
         self._tokens = torch.full(shape, -1, dtype=torch.int64, device=device)
         self._parents = torch.full_like(self._tokens, -1)
         self._chains = torch.zeros(shape[0], dtype=torch.bool, device=device)
+        self._apart = torch.zeros_like(self._chains)
+        """Requests with a scope of their own: what is learnt on the device serves
+        all, so they neither feed it nor draft from it."""
         self.in_step = False
         """Whether a step is being computed, and not a warm-up."""
         self._nodes: DeviceTreePlan | None = None
@@ -98,6 +101,7 @@ class DeviceSide:
     def admit(self, slot: int, new: Any) -> None:
         self._tokens[slot] = -1
         self._chains[slot] = self._runner.chain_only(new.sampling_params)
+        self._apart[slot] = self._spec.scorer.options(new.req_id).scope != ""
 
     def forget_drafts(self, req_ids: Sequence[str]) -> None:
         """They are forgotten when their slots are given away."""
@@ -213,6 +217,8 @@ class DeviceSide:
             owner = _owners(batch, len(read))
             node = tokens[owner, (local - 1).clamp(min=0)]
             read = torch.where((local > 0) & (node < 0), -1, read)
+        apart = self._apart[batch.idx_mapping]
+        read = read.masked_fill(apart[_owners(batch, len(read))], -1)
         depth = torch.arange(path.shape[1], device=path.device)
         visited = (depth <= accepted[:, None]) & (output.num_sampled > 0)[:, None]
         emits = torch.zeros(len(read) + 1, dtype=torch.bool, device=path.device)
@@ -252,6 +258,7 @@ class DeviceSide:
         before = torch.arange(most, device=slots.device) - 1
         self._parents[slots] = torch.minimum(parents, before).clamp(min=-1)
         tokens = tokens.masked_fill(tokens >= runner.vocab_size, -1)
+        tokens = tokens.masked_fill(self._apart[slots][:, None], -1)
         self._tokens[slots] = tokens
         return tokens.clamp(min=0)
 

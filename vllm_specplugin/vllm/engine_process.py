@@ -8,9 +8,9 @@ The answers go to the original standard output; whatever vLLM prints goes to
 standard error.
 
 Settings: ``{"model", "engine": {LLM arguments}, "speculate": {...} or null,
-"mend": bool}``. Commands: ``{"do": "run", "prompts": [text or [ids]], "params":
-[{sampling parameters}], "concurrency": most requests at a time or null}``,
-``{"do": "stats"}``, ``{"do": "reset", "changes": {...}}``.
+"mend": bool}``. Commands: ``{"do": "run", "prompts": [text, [ids] or vLLM's
+dictionary], "params": [{sampling parameters}], "concurrency": most requests at a time
+or null}``, ``{"do": "stats"}``, ``{"do": "reset", "changes": {...}}``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def run(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
     """Generates for all prompts at once and times it."""
     params = [_sampling_params(**p) for p in request["params"]]
     prompts = [
-        prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+        {"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt
         for prompt in request["prompts"]
     ]
     before = spec_counters(llm)

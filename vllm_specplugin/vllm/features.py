@@ -51,7 +51,8 @@ def show_rows(runner: Any, top: IntArray | None, result: ScoreResult) -> None:
         np.arange(count), np.asarray(layout.root_positions)
     ]
     sampled = ~runner.discard_request_mask.np[:count]
-    show(runner.spec.drafter, layout, roots, sampled, top, result)
+    scopes = runner.spec.scorer.scopes(runner.input_batch.req_ids)
+    show(runner.spec.drafter, layout, roots, sampled, top, result, scopes)
 
 
 def show(
@@ -61,8 +62,9 @@ def show(
     sampled: npt.NDArray[np.bool_],
     top: IntArray,
     result: ScoreResult,
+    scopes: Sequence[str | None] | None = None,
 ) -> None:
-    """Hands a step's rows to the proposer.
+    """Hands a step's rows to the proposer, scope by scope.
 
     Rows of prompts that are not read to their end are among them, with nothing
     emitted: what follows there is the user's text.
@@ -74,6 +76,7 @@ def show(
         sampled: ``[requests]`` whether a request emits anything.
         top: see :func:`likeliest`.
         result: what was emitted.
+        scopes: ``[requests]`` with whom each shares; ``None`` if all with all.
     """
     tokens = layout.tokens.copy()
     tokens[layout.starts[:-1]] = roots
@@ -81,7 +84,14 @@ def show(
     emits &= sampled[:, None]
     emitted = np.full(layout.num_rows, -1, dtype=np.int32)
     emitted[result.rows[emits]] = result.tokens[emits]
-    drafter.observe_rows(tokens, top, emitted)
+    if scopes is None:
+        drafter.observe_rows(tokens, top, emitted)
+        return
+    counts = layout.counts
+    for scope in dict.fromkeys(scopes):
+        if scope is not None:
+            own = np.repeat([one == scope for one in scopes], counts)
+            drafter.observe_rows(tokens[own], top[own], emitted[own], scope=scope)
 
 
 def one_rank_only(proposer: Any, ranks: int) -> None:

@@ -88,7 +88,7 @@ class HostSide:
         )
         self._runner.device_trees.clear()
         plan = self._plan(layout, batch) if layout.branching else None
-        self._spec.step = Step(layout, plan, batch.num_tokens, started)
+        self._spec.begin(Step(layout, plan, batch.num_tokens, started))
 
     def _plan(self, layout: StepLayout, batch: Any) -> DeviceTreePlan:
         device_trees, device = self._runner.device_trees, self._runner.device
@@ -135,7 +135,8 @@ class HostSide:
         slots = batch.idx_mapping_np
         if top is not None:
             roots = self._texts.tokens[slots, np.asarray(layout.root_positions)]
-            show(spec.drafter, layout, roots, sampled, top, result)
+            scopes = spec.scorer.scopes(batch.req_ids)
+            show(spec.drafter, layout, roots, sampled, top, result, scopes)
         self._texts.append(slots, result.tokens, np.where(sampled, result.lengths, 0))
         count_step(spec, step, result, batch.req_ids, sampled, began)
         return _output(rows, batch, result)

@@ -37,8 +37,10 @@ def register() -> None:
     @functools.wraps(from_cli_args)
     def read_flags(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
         from vllm_specplugin.vllm.args import apply_flags
+        from vllm_specplugin.vllm.tenants import add_middleware
 
         apply_flags(args)
+        add_middleware(args)
         return from_cli_args(cls, args)  # type: ignore[no-any-return]
 
     create_engine_config = EngineArgs.create_engine_config

@@ -124,7 +124,7 @@ class TreeRunnerV1:
                 device,
                 requests=len(layout.trees),
             )
-        self.spec.step = Step(layout, plan, int(num_scheduled_tokens.sum()), started)
+        self.spec.begin(Step(layout, plan, int(num_scheduled_tokens.sum()), started))
         return prepared
 
     def _lay_out(self, scheduler_output: Any, num_scheduled_tokens: Any) -> StepLayout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.draft import DraftTree
 from vllm_specplugin.draft_request import DraftRequest
 from vllm_specplugin.drafting import Drafter
+from vllm_specplugin.errors import complain
 from vllm_specplugin.interfaces import ProposeContext, RequestView
 from vllm_specplugin.layout import StepLayout
 from vllm_specplugin.metrics import SpecMetrics
@@ -28,6 +30,8 @@ from vllm_specplugin.vllm.observer import Observer
 from vllm_specplugin.vllm.speculator_v2 import NativeDraftsV2
 
 __all__ = ["SpecState", "Step"]
+
+logger = logging.getLogger(__name__)
 
 
 class Step(NamedTuple):
@@ -71,6 +75,8 @@ class SpecState:
         self.seeds: dict[str, int] = {}
         self.admitted = 0
         self.step: Step | None = None
+        self.laid_out = 0
+        """Hash of the last step's trees, where there are several ranks."""
         self.draft_model: PagedDraftModel | None = None
         """Beside the runner from the time its caches exist, if it has one."""
         self.follows_native = bool(getattr(proposer, "native", False))
@@ -131,5 +137,30 @@ class SpecState:
             if self.follows_native and self.native is not None:
                 self.native.finish()
             return drafted
-        trees = self.drafter.draft(requests) if group.is_first_rank else None
-        return group.broadcast_object(trees, src=0)  # type: ignore[no-any-return]
+        told = None
+        if group.is_first_rank:
+            told = self.drafter.draft(requests), self.laid_out
+        trees, expected = group.broadcast_object(told, src=0)
+        if self.laid_out != expected:
+            logger.critical(
+                complain(
+                    f"rank {group.rank_in_group} laid out draft trees with hash "
+                    f"{self.laid_out:08x}, rank 0 with {expected:08x}",
+                    "the same trees on every rank",
+                    "restart, and report it with the log of all ranks; "
+                    "--spec-proposer none or one rank avoids it",
+                )
+            )
+            # vLLM hears exceptions of the first rank only; that another one has
+            # ended makes it shut down.
+            raise SystemExit(1)
+        return trees  # type: ignore[no-any-return]
+
+    def begin(self, step: Step) -> None:
+        """A step is laid out. Its hash goes with the next drafts of the first rank to
+        the others, so that comparing it takes no collective of its own."""
+        from vllm.distributed.parallel_state import get_tp_group
+
+        self.step = step
+        if get_tp_group().world_size > 1:
+            self.laid_out = step.layout.fingerprint()

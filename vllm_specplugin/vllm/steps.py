@@ -149,6 +149,7 @@ def draft_request(
             top_p=params.top_p,
             seed=spec.seeds[req_id],
             options=options,
+            scope=chosen.scope,
         )
 
     return DraftRequest(

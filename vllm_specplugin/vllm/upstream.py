@@ -35,6 +35,11 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
         "params",
         "supported_tasks",
     ),
+    # where a request's parameters and its cache_salt are seen together; wrapped
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs": None,
+    "vllm.v1.engine:EngineCoreRequest": None,
+    # whose request it is; appended to vLLM's own list by `--middleware`
+    "vllm.entrypoints.serve.middleware.register:init_entrypoints_middleware": None,
     # what a response tells of its request; wrapped for want of a field
     "vllm.v1.engine.output_processor:OutputProcessor.process_outputs": None,
     "vllm.v1.metrics.stats:RequestSpecDecodeMetrics.to_dict": ("self",),

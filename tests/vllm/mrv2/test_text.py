@@ -70,6 +70,20 @@ def test_text_is_vllms_own_without_speculation(
         assert after["kv_rows_moved"] > before["kv_rows_moved"]
 
 
+def test_on_the_device_a_scope_of_its_own_shares_nothing(
+    engine: Get, mix: Mix, truth: list[list[int]]
+) -> None:
+    one = engine("async")
+    assert texts(ask(one, *mix, "recycling")) == truth  # the matrix is full
+    before = one.ask("stats")["nodes"]
+    prompts, params = mix
+    apart = [{**p, "extra_args": {"spec_cache_scope": "mine"}} for p in params]
+    assert texts(ask(one, prompts, apart, "recycling")) == truth
+    assert one.ask("stats")["nodes"] == before
+    assert texts(ask(one, *mix, "recycling")) == truth
+    assert one.ask("stats")["nodes"] > before
+
+
 def test_each_runner_is_what_it_should_be(engine: Get) -> None:
     assert engine("sync").ask("runner") == {
         "second": True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -139,3 +140,21 @@ class OnSeveralRanks(Switch):
     """Without those that need the target's lm_head, which takes all ranks."""
 
     needs_hidden = needs_lm_head = False
+
+    def __init__(self, config: None, engine: EngineInfo) -> None:
+        super().__init__(config, engine)
+        if flag := os.environ.get("SPEC_DIVERGE"):
+            _diverge(Path(flag))
+
+
+def _diverge(flag: Path) -> None:
+    """From the time a file exists the second rank lays out chains for trees."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    from vllm_specplugin.vllm import runner_v1
+
+    whole = runner_v1.scheduled_tree
+    if get_tp_group().rank_in_group == 1:
+        runner_v1.scheduled_tree = lambda scheduled, drafted: whole(
+            scheduled, None if flag.exists() else drafted
+        )
