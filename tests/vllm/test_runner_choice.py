@@ -39,13 +39,16 @@ def test_host_side_proposers_are_scheduled_synchronously(caplog):
     assert "synchronous scheduling, because proposer 'suffix' drafts on the h" in line
 
 
-def test_device_side_proposers_keep_vllms_scheduling(caplog):
+@pytest.mark.parametrize(
+    ("proposer", "own"), [("token_recycling", {}), ("medusa", {"model": "heads"})]
+)
+def test_device_side_proposers_keep_vllms_scheduling(proposer, own, caplog):
     with caplog.at_level("INFO", "vllm_specplugin"):
         method, asynchronous, made = told(
-            "token_recycling",
+            proposer,
             policy="fixed",
             max_nodes=9,
-            options={"policy": {"nodes": 5}},
+            options={"policy": {"nodes": 5}, "proposer": own},
         )
     assert method["method"] == "ngram_gpu"
     assert method["num_speculative_tokens"] == 5
