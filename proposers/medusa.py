@@ -27,6 +27,7 @@ import numpy.typing as npt
 import torch
 
 from vllm_specplugin.config import option
+from vllm_specplugin.device_interfaces import DeviceProposer
 from vllm_specplugin.draft import EMPTY_TREE, MAX_NODES, DraftTree
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.heads.calibration import HeadCalibration
@@ -99,12 +100,9 @@ class MedusaProposer:
             coupled=config.coupled,
             noise=engine.noise,
         )
-        self._static = {
-            sampled: np.ascontiguousarray(
-                self._calibration.accuracies(sampled)[:, : config.siblings]
-            )
-            for sampled in (False, True)
-        } if config.tree == "static" else None  # fmt: skip
+        self._static: tuple[Floats, Floats] | None = None
+        if config.tree == "static":
+            self._static = self._accuracies(False), self._accuracies(True)
         # Compiles now and not in a step.
         depths, ranks, parents = np.empty((3, 1), dtype=np.int32)
         explore(np.ones((1, 1)), 1, 0.0, depths, ranks, parents, np.empty(1))
@@ -116,7 +114,7 @@ class MedusaProposer:
         assert ctx.target is not None, "the runner gives what needs_hidden asks"
         weight = next(self._heads.parameters())
         hidden = ctx.target.hidden.to(weight.device, weight.dtype)
-        logits = self._heads.logits(hidden, ctx.target.lm_head)[: self._depth].float()
+        logits = self._heads.token_logits(hidden, ctx.target.lm_head)[: self._depth]
         tokens, estimates = self._candidates(logits, ctx.requests)
         least = max(self._config.min_survival, ctx.node_price)
         return [
@@ -124,20 +122,27 @@ class MedusaProposer:
             for i, view in enumerate(ctx.requests)
         ]
 
+    def on_device(self, nodes: int, device: torch.device) -> DeviceProposer:
+        """See :class:`~vllm_specplugin.device_interfaces.OffersDevice`."""
+        del device  # the heads are there
+        from vllm_specplugin.proposers._medusa_device import DeviceMedusa
+
+        return DeviceMedusa(
+            self._heads, self._calibration, self._shape, self._static, nodes
+        )
+
     def release(self, req_ids: Sequence[str]) -> None:
         """Nothing is kept per request."""
+
+    def _accuracies(self, sampled: bool) -> Floats:
+        measured = self._calibration.accuracies(sampled)
+        return np.ascontiguousarray(measured[:, : self._config.siblings])
 
     def _candidates(
         self, logits: torch.Tensor, views: Sequence[RequestView]
     ) -> tuple[npt.NDArray[np.int64], Floats]:
         """``[requests, depths, siblings]`` tokens and estimates, from the heads'
-        ``[heads, requests, rows of the lm_head]`` logits."""
-        token_map = self._heads.token_map
-        if token_map is not None:
-            size = int(token_map.max()) + 1
-            whole = logits.new_full((*logits.shape[:2], size), float("-inf"))
-            whole[..., token_map.to(logits.device)] = logits
-            logits = whole
+        ``[heads, requests, vocab]`` logits."""
         sampled = np.array([view.temperature > 0 for view in views])
         heads, count = len(logits), len(views)
         found = children(

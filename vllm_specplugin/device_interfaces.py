@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 if TYPE_CHECKING:
     import torch
 
+    from vllm_specplugin.target_rows import TargetRows
+
 __all__ = ["DeviceContext", "DeviceProposer", "OffersDevice"]
 
 
@@ -32,6 +34,15 @@ class DeviceContext:
     chains: torch.Tensor
     """``[r]`` bool: whether a request cannot have a tree. Its node ``i`` must have
     parent ``i - 1``."""
+    target: TargetRows | None = None
+    """The target at the rows that the last tokens came from; without meaning for a
+    request whose prompt is not read to its end. The engine always gives it."""
+    top_k: torch.Tensor | None = None
+    """``[r]`` int32 top-k of the requests; ``None`` where none of them has one."""
+    top_p: torch.Tensor | None = None
+    """``[r]`` float32, likewise."""
+    greedy: bool = False
+    """Whether all requests decode greedily, as far as the host knows."""
 
 
 class DeviceProposer(Protocol):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from typing import Any
 
 from vllm_specplugin.demo.inflate import inflated_model
@@ -84,65 +85,94 @@ def same_share(a: list[list[int]], b: list[list[int]]) -> float:
     return equal / max(1, sum(map(len, a)))
 
 
-def equality(device: str, backends: list[str]) -> dict[str, Any]:
+Tell = Callable[[dict[str, Any]], None]
+
+
+def _nobody(_: dict[str, Any]) -> None:
+    """Told of nothing."""
+
+
+def _guarded(row: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
+    """Completes a row, or says why not."""
+    try:
+        row |= measure()
+    except Exception as error:
+        row |= {"ok": False, "error": f"{type(error).__name__}: {error}"[:4000]}
+
+
+def equality(
+    device: str, backends: list[str], budget: float = 480.0, tell: Tell = _nobody
+) -> dict[str, Any]:
     """Part b: text with trees and without any drafts."""
-    rows = []
-    dtypes = ("float32", "bfloat16") if device == "cuda" else ("float32",)
-    tokens, batch = (128, 16) if device == "cuda" else (12, 2)
-    for dtype in dtypes:
+    started, rows, left_out = time.monotonic(), list[dict[str, Any]](), 0
+    for dtype in ("float32", "bfloat16") if device == "cuda" else ("float32",):
         for backend in backends if device == "cuda" else [None]:
             if dtype == "float32" and backend == "FLASH_ATTN":
                 continue  # it has no float32
-            changes: dict[str, Any] = {"dtype": dtype}
-            if backend is None:
-                changes |= SMALL
-            else:
-                changes["attention_backend"] = backend
-            texts, stats = {}, {}
-            for name, chosen in (("none", NONE), ("suffix", SUFFIX)):
-                model = str(model_path("target"))
-                with engine(name, model, chosen, **changes) as running:
-                    texts[name] = [
-                        generate(running, batch, t, tokens)["tokens"]
-                        for t in (0.0, 1.0)
-                    ]
-                    stats[name] = running.ask("stats")
-            shares = [same_share(*pair) for pair in zip(texts["none"], texts["suffix"])]
-            rows.append(
-                {
-                    "dtype": dtype,
-                    "backend": backend,
-                    "same_share": dict(zip(("T=0", "T=1"), shares)),
-                    "chains_only": stats["suffix"]["chains_only"],
-                    "tree_requests": stats["suffix"].get("tree_requests"),
-                    "kv_rows_moved": stats["suffix"].get("kv_rows_moved"),
-                    "ok": (dtype != "float32" or min(shares) == 1.0)
-                    and (device != "cuda" or stats["suffix"]["kv_rows_moved"] > 0),
-                }
-            )
-    return {"ok": all(row["ok"] for row in rows), "rows": rows}
+            if time.monotonic() - started > budget:
+                left_out += 1
+                continue
+            rows.append({"dtype": dtype, "backend": backend})
+            _guarded(rows[-1], lambda d=dtype, b=backend: _compare_texts(device, d, b))
+            tell({"rows": rows})
+    ok = all(row["ok"] for row in rows)
+    return {"ok": ok, "left_out": left_out, "rows": rows}
 
 
-def graphs(shape: str) -> dict[str, Any]:
+def _compare_texts(device: str, dtype: str, backend: str | None) -> dict[str, Any]:
+    tokens, batch = (128, 16) if device == "cuda" else (12, 2)
+    changes: dict[str, Any] = {"dtype": dtype}
+    changes |= SMALL if backend is None else {"attention_backend": backend}
+    texts, stats = {}, {}
+    for name, chosen in (("none", NONE), ("suffix", SUFFIX)):
+        with engine(name, str(model_path("target")), chosen, **changes) as running:
+            texts[name] = [
+                generate(running, batch, t, tokens)["tokens"] for t in (0.0, 1.0)
+            ]
+            stats[name] = running.ask("stats")
+    shares = [same_share(*pair) for pair in zip(texts["none"], texts["suffix"])]
+    return {
+        "same_share": dict(zip(("T=0", "T=1"), shares)),
+        "chains_only": stats["suffix"]["chains_only"],
+        "tree_requests": stats["suffix"].get("tree_requests"),
+        "kv_rows_moved": stats["suffix"].get("kv_rows_moved"),
+        "ok": (dtype != "float32" or min(shares) == 1.0)
+        and (device != "cuda" or stats["suffix"]["kv_rows_moved"] > 0),
+    }
+
+
+def graphs(shape: str, budget: float = 480.0, tell: Tell = _nobody) -> dict[str, Any]:
     """Part c: eager, piecewise graphs, and what vLLM picks by itself."""
-    rows, texts = [], {}
+    started, rows = time.monotonic(), list[dict[str, Any]]()
+    texts: dict[str, Any] = {}
     model = str(inflated_model(model_path("target"), **SHAPES[shape]))
     modes: dict[str, dict[str, Any]] = {
         "eager": {"enforce_eager": True},
         "piecewise": {"compilation_config": {"cudagraph_mode": "PIECEWISE"}},
         "as vLLM picks": {},
     }
-    for name, changes in modes.items():
-        row: dict[str, Any] = {"mode": name}
-        with engine(name, model, SUFFIX, dtype="bfloat16", **changes) as running:
+
+    def measure(name: str) -> dict[str, Any]:
+        with engine(name, model, SUFFIX, dtype="bfloat16", **modes[name]) as running:
             generate(running, 4, 0.0, 16)
             found = generate(running, 4, 0.0, 128)
-            texts[name] = found["tokens"]
-            row["tokens_per_s"] = found["tokens_per_s"]
-            row["same_share"] = same_share(texts["eager"], found["tokens"])
-        rows.append(row)
-    # bfloat16: other kernels round differently, so text may part late.
-    return {"ok": all(row["same_share"] > 0.5 for row in rows), "rows": rows}
+        texts[name] = found["tokens"]
+        row = {"tokens_per_s": found["tokens_per_s"]}
+        if "eager" not in texts:
+            return {**row, "ok": False, "error": "nothing to compare with"}
+        share = same_share(texts["eager"], found["tokens"])
+        # bfloat16: other kernels round differently, so text may part late.
+        return {**row, "same_share": share, "ok": share > 0.5}
+
+    for name in modes:
+        if time.monotonic() - started > budget:
+            break
+        rows.append({"mode": name})
+        _guarded(rows[-1], lambda one=name: measure(one))
+        tell({"rows": rows})
+    left_out = len(modes) - len(rows)
+    ok = bool(rows) and all(row["ok"] for row in rows)
+    return {"ok": ok, "left_out": left_out, "rows": rows}
 
 
 def _variants(length: int) -> dict[str, tuple[dict[str, Any], Any]]:
@@ -178,6 +208,7 @@ def speed(
     rounds: int,
     budget: float,
     only: list[str] | None = None,
+    tell: Tell = _nobody,
 ) -> dict[str, Any]:
     """Part d: tokens per second of an inflated target in bfloat16. Engines follow
     one another, as one fills the GPU; each measures its rounds by itself."""
@@ -196,11 +227,9 @@ def speed(
                 running = stack.enter_context(
                     engine(name, model, chosen, dtype="bfloat16", **changes)
                 )
-                rows.extend(
-                    _cell(running, name, batch, t, rounds, chosen)
-                    for batch in batches
-                    for t in temperatures
-                )
+                for batch, t in product(batches, temperatures):
+                    rows.append(_cell(running, name, batch, t, rounds, chosen))
+                    tell({"shape": shape, "rows": rows})
         except Exception as error:
             rows.append({"variant": name, "error": f"{type(error).__name__}: {error}"})
     return {"shape": shape, "ok": _expected(rows), "rows": rows, "left_out": left_out}

@@ -10,24 +10,37 @@ c  CUDA graphs: eager, piecewise, and what vLLM picks
 d  tokens per second of an inflated target: vLLM, its ngram and draft_model, trees
 e  time of tree attention against FlashAttention; of moving rows
 
-A part that fails says why in the JSON and does not stop the others. ``--dry-run``
-does what a machine without a GPU can: part a on tiny shapes in Triton's
-interpreter, and part b with an engine on the CPU if it is asked for.
+A part that fails says why in the JSON and does not stop the others: on a GPU each
+has a process of its own, as an illegal access ends all work of the process it happens
+in, and is ended when ``--deadline`` seconds are over for all parts together; what it
+had found until then is kept. ``--dry-run`` does what a machine without a GPU can:
+part a on tiny shapes in Triton's interpreter, and part b with an engine on the CPU if
+it is asked for.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+if find_spec("vllm_specplugin") is None:  # not installed: parts a and e do without
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
 PARTS = "abcde"
+Tell = Callable[[dict[str, Any]], None]
+"""Keeps what a part has found so far."""
 
 
 def machine() -> dict[str, Any]:
@@ -50,24 +63,27 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def parts(args: argparse.Namespace, device: str) -> dict[str, Callable[[], Any]]:
+def parts(
+    args: argparse.Namespace, device: str, tell: Tell
+) -> dict[str, Callable[[], Any]]:
     """What each part runs. Modules are imported by the part that needs them, so
     that a machine without vLLM can run the others."""
 
     def kernels() -> Any:
         import gpu_kernels
 
-        return gpu_kernels.compare(device, small=device != "cuda")
+        small = device != "cuda"
+        return gpu_kernels.compare(device, small, args.budget, tell)
 
     def equality() -> Any:
         import gpu_engines
 
-        return gpu_engines.equality(device, args.backends)
+        return gpu_engines.equality(device, args.backends, args.budget, tell)
 
     def graphs() -> Any:
         import gpu_engines
 
-        return gpu_engines.graphs(args.shape)
+        return gpu_engines.graphs(args.shape, args.budget, tell)
 
     def speed() -> Any:
         import gpu_engines
@@ -79,13 +95,17 @@ def parts(args: argparse.Namespace, device: str) -> dict[str, Callable[[], Any]]
             args.rounds,
             args.budget,
             args.variants,
+            tell,
         )
 
     def times() -> Any:
         import gpu_kernels
 
         moves = gpu_kernels.time_moves()
-        attention = gpu_kernels.time_attention(args.budget)
+        tell({"moves": moves})
+        attention = gpu_kernels.time_attention(
+            args.budget, lambda found: tell({"attention": found, "moves": moves})
+        )
         return {"ok": attention["ok"], "attention": attention, "moves": moves}
 
     return {"a": kernels, "b": equality, "c": graphs, "d": speed, "e": times}
@@ -101,6 +121,34 @@ def attempt(part: Callable[[], Any]) -> dict[str, Any]:
         result = {"ok": False, "error": f"{type(error).__name__}: {error}"[:4000]}
     result["seconds"] = round(time.monotonic() - started, 1)
     return result
+
+
+def in_child(part: str, command: Sequence[str], seconds: float) -> dict[str, Any]:
+    """A part's result from a process of its own.
+
+    Args:
+        part: its letter.
+        command: writes the report to the file that is appended to it.
+        seconds: after which the process, and what it has started, is ended.
+    """
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "found.json"
+        child = subprocess.Popen([*command, str(file)], start_new_session=True)
+        try:
+            code = child.wait(max(1.0, seconds))
+            ended = f"the process ended with code {code}"
+        except subprocess.TimeoutExpired:
+            ended = f"ended after {seconds:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):  # engines it left behind, too
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        found = json.loads(file.read_text()).get(part, {}) if file.exists() else {}
+    if "seconds" not in found:  # it did not come to its end
+        found |= {"ok": False, "error": ended}
+        found["seconds"] = round(time.monotonic() - started, 1)
+    return dict(found)
 
 
 def share_of_a_step(report: dict[str, Any]) -> dict[str, Any] | None:
@@ -136,12 +184,42 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--backends", nargs="+", default=["TRITON_ATTN", "FLASH_ATTN"], help="of part b"
     )
     parser.add_argument(
-        "--budget", type=float, default=480.0, help="seconds; what is left is named"
+        "--budget",
+        type=float,
+        default=480.0,
+        help="seconds of a part, after which it begins nothing new",
+    )
+    parser.add_argument(
+        "--deadline",
+        type=float,
+        default=570.0,
+        help="seconds of all parts, after which the one that runs is ended",
     )
     parser.add_argument("--dry-run", action="store_true", help="without a GPU")
     args = parser.parse_args(given)
     args.parts = args.parts or (["a"] if args.dry_run else list(PARTS))
     return args
+
+
+def save(file: Path | None, report: dict[str, Any]) -> None:
+    """In one step: whoever ends this process finds the last whole report."""
+    if file is not None:
+        other = file.with_suffix(".part")
+        other.write_text(json.dumps(report, indent=1, default=str) + "\n")
+        other.replace(file)
+
+
+def command(args: argparse.Namespace, part: str, budget: float) -> list[str]:
+    """What runs one part of this call."""
+    return [
+        *(sys.executable, str(Path(__file__)), "--parts", part),
+        *("--shape", args.shape, "--rounds", str(args.rounds)),
+        *("--batch", *map(str, args.batch)),
+        *("--temperatures", *map(str, args.temperatures)),
+        *("--backends", *args.backends),
+        *(["--variants", *args.variants] if args.variants else []),
+        *("--budget", str(budget), "--json"),
+    ]
 
 
 def main(given: list[str] | None = None) -> int:
@@ -154,16 +232,26 @@ def main(given: list[str] | None = None) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         print("no GPU found; --dry-run does what can be done without", file=sys.stderr)
         return 2
+    started = time.monotonic()
     settings = {**vars(args), "json": str(args.json)}
     report: dict[str, Any] = {"provenance": provenance(settings), "machine": machine()}
-    chosen = parts(args, device)
+    save(args.json, report)
+
+    def tell(found: dict[str, Any]) -> None:
+        save(args.json, {**report, part: found})
+
+    chosen = parts(args, device, tell)
     for part in args.parts:
         print(f"part {part} ...", file=sys.stderr, flush=True)
-        report[part] = attempt(chosen[part])
+        left = args.deadline - (time.monotonic() - started)
+        if len(args.parts) > 1 and device == "cuda":
+            budget = max(1.0, min(args.budget, left - 20))
+            report[part] = in_child(part, command(args, part, budget), left)
+        else:
+            report[part] = attempt(chosen[part])
         if share := share_of_a_step(report):
             report["moves_share_of_step"] = share
-        if args.json:  # after each part: a later one may be cut off
-            args.json.write_text(json.dumps(report, indent=1, default=str) + "\n")
+        save(args.json, report)  # after each part: a later one may be cut off
     for part in args.parts:
         result = report[part]
         state = "FAILED" if result.get("error") else f"ok: {result.get('ok')}"

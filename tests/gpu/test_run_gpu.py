@@ -30,6 +30,7 @@ def test_dry_run_compares_kernels_in_the_interpreter(tmp_path: Path) -> None:
     found = json.loads(file.read_text())
     assert found["a"]["ok"] is True
     assert len(found["a"]["rows"]) == 12
+    assert found["a"]["left_out"] == 0
     assert max(row.get("difference", 0) for row in found["a"]["rows"]) > 0
     assert found["machine"]["triton"]
     assert found["provenance"]["settings"]["parts"] == ["a"]
@@ -61,7 +62,86 @@ def test_without_a_gpu_it_says_what_can_be_done(capsys: Any) -> None:
 def test_all_parts_unless_some_are_named() -> None:
     assert run_gpu.arguments([]).parts == list("abcde")
     assert run_gpu.arguments(["--dry-run"]).parts == ["a"]
-    assert list(run_gpu.parts(run_gpu.arguments([]), "cuda")) == list("abcde")
+    made = run_gpu.parts(run_gpu.arguments([]), "cuda", lambda _: None)
+    assert list(made) == list("abcde")
+
+
+CHILD = """
+import json, os, sys, time
+file = sys.argv[1]
+json.dump({"a": {"rows": [1]}}, open(file, "w"))
+WHAT
+json.dump({"a": {"ok": True, "rows": [1, 2], "seconds": 3}}, open(file, "w"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("pass", {"ok": True, "rows": [1, 2], "seconds": 3}),
+        ("os.abort()", {"ok": False, "rows": [1], "error": "ended with code -6"}),
+        ("time.sleep(60)", {"ok": False, "rows": [1], "error": "ended after 4 s"}),
+    ],
+)
+def test_a_part_in_a_process_of_its_own_ends_alone(
+    what: str, expected: dict[str, Any]
+) -> None:
+    """And what it had found is kept."""
+    command = [sys.executable, "-c", CHILD.replace("WHAT", what)]
+    # Time for it to start, which the one that sleeps has to spare.
+    found = run_gpu.in_child("a", command, 4.0 if "sleep" in what else 30.0)
+    error = expected.pop("error", "")
+    assert error in found.pop("error", "")
+    if error:
+        assert found.pop("seconds") < 30
+    assert found == expected
+
+
+def test_parts_get_the_time_that_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def record(part: str, command: list[str], seconds: float) -> dict[str, Any]:
+        child = run_gpu.arguments([*command[2:], "x.json"])
+        asked.append((part, child, seconds))
+        return {"ok": True, "seconds": 0.0}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(run_gpu, "machine", dict)
+    monkeypatch.setattr(run_gpu, "in_child", record)
+    file = tmp_path / "found.json"
+    given = ["--parts", "d", "e", "--json", str(file), "--deadline", "100"]
+    given += ["--shape", "7B", "--variants", "vllm ngram", "suffix", "--batch", "1"]
+    assert run_gpu.main(given) == 0
+    (d, first, seconds), (e, second, _) = asked
+    assert (d, first.parts, e, second.parts) == ("d", ["d"], "e", ["e"])
+    assert 90 < seconds <= 100
+    assert 70 < first.budget <= 80
+    assert first.variants == ["vllm ngram", "suffix"]
+    assert (first.shape, first.batch) == ("7B", [1])
+    assert json.loads(file.read_text())["d"]["ok"]
+
+
+def test_a_comparison_that_fails_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from . import gpu_kernels
+
+    def broken() -> Any:
+        raise RuntimeError("no such shape")
+
+    def sound() -> dict[str, Any]:
+        return {"case": "sound", "ok": True}
+
+    made = gpu_kernels._row("wide", torch.float32, True, broken)
+    assert made["error"] == "RuntimeError: no such shape" and not made["ok"]
+    monkeypatch.setattr(gpu_kernels, "_checks", lambda *_: iter([broken, sound]))
+    told: list[Any] = []
+    found = gpu_kernels.compare("cpu", small=True, tell=told.append)
+    assert [row["ok"] for row in found["rows"]] == [False, True]
+    assert len(told) == 2 and not found["ok"]
+    assert gpu_kernels.compare("cpu", small=True, budget=-1.0)["left_out"] == 2
 
 
 def test_share_of_equal_tokens_counts_up_to_the_first_difference() -> None:

@@ -36,6 +36,7 @@ def second(**changes):
             uses_mrope=False,
         ),
         vllm_config=SimpleNamespace(watermark_config=None, kv_transfer_config=None),
+        scheduler_config=SimpleNamespace(async_scheduling=False),
         compilation_config=SimpleNamespace(static_forward_context={}),
         kv_cache_config=SimpleNamespace(kv_cache_groups=[]),
     )
@@ -123,6 +124,28 @@ def test_vllms_drafters_are_not_coupled_on_the_second_runner(coupling):
         return
     with pytest.raises(UnsupportedError, match=r"coupling='on' for 'vllm:draft_model'"):
         check_second(second(), config)
+
+
+def test_flashinfer_wants_synchronous_scheduling():
+    flashinfer = SpecConfig(tree_kernel="flashinfer")
+    check_second(second(scheduler_config__async_scheduling=False), flashinfer)
+    with pytest.raises(UnsupportedError, match="'flashinfer' with async") as error:
+        check_second(second(scheduler_config__async_scheduling=True), flashinfer)
+    assert "drop --async-scheduling" in str(error.value)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "flashinfer"])
+def test_flashinfer_is_used_where_it_is_asked_for(kernel, monkeypatch):
+    asked = []
+    module = "vllm_specplugin.vllm.why_chains"
+    monkeypatch.setattr(f"{module}.prepare_layers", lambda layers: None)
+    monkeypatch.setattr(f"{module}.use_flashinfer", asked.append)
+    layer = SimpleNamespace(impl=object())
+    runner = second(compilation_config__static_forward_context={"a": layer})
+    runner.kv_cache_config.kv_cache_groups = [SimpleNamespace(layer_names=["a"])]
+    runner.spec = SimpleNamespace(config=SpecConfig(tree_kernel=kernel))
+    assert why_chains(runner, frozenset()) is None
+    assert asked == ([{"a": layer}] if kernel == "flashinfer" else [])
 
 
 @pytest.mark.parametrize(

@@ -39,13 +39,16 @@ def test_host_side_proposers_are_scheduled_synchronously(caplog):
     assert "synchronous scheduling, because proposer 'suffix' drafts on the h" in line
 
 
-def test_device_side_proposers_keep_vllms_scheduling(caplog):
+@pytest.mark.parametrize(
+    ("proposer", "own"), [("token_recycling", {}), ("medusa", {"model": "heads"})]
+)
+def test_device_side_proposers_keep_vllms_scheduling(proposer, own, caplog):
     with caplog.at_level("INFO", "vllm_specplugin"):
         method, asynchronous, made = told(
-            "token_recycling",
+            proposer,
             policy="fixed",
             max_nodes=9,
-            options={"policy": {"nodes": 5}},
+            options={"policy": {"nodes": 5}, "proposer": own},
         )
     assert method["method"] == "ngram_gpu"
     assert method["num_speculative_tokens"] == 5
@@ -64,6 +67,10 @@ def test_device_side_proposers_keep_vllms_scheduling(caplog):
         ),
         ({"policy": "fixed", "scorer": "typical"}, "scorer 'typical' decides on"),
         ({"policy": "fixed", "options": {"trace": "t"}}, "a trace is written"),
+        (
+            {"policy": "fixed", "options": {"tree_kernel": "flashinfer"}},
+            "FlashInfer plans its trees on the host",
+        ),
     ],
 )
 def test_what_makes_device_side_proposers_synchronous(arguments, because, caplog):

@@ -85,6 +85,7 @@ class MedusaHeads(nn.Module):
         )
         self.token_map = token_map
         """``[vocab_size]`` token of each row of ``L_k``, ``None`` for itself."""
+        self._tokens: int | None = None
 
     def states(self, hidden: Tensor) -> list[Tensor]:
         """``z`` behind the last layer of each head.
@@ -122,6 +123,21 @@ class MedusaHeads(nn.Module):
             found = flat.view(len(states), len(hidden), -1)
         scale = self.shape.logit_scale
         return found if scale == 1.0 else found * scale
+
+    def token_logits(
+        self, hidden: Tensor, lm_head: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """:meth:`logits` by token, ``[heads, n, tokens]`` float32; those that the
+        heads do not know have none."""
+        logits = self.logits(hidden, lm_head).float()
+        if self.token_map is None:
+            return logits
+        if self._tokens is None:
+            self._tokens = int(self.token_map.max()) + 1
+            self.token_map = self.token_map.to(logits.device)
+        whole = logits.new_full((*logits.shape[:2], self._tokens), float("-inf"))
+        whole[..., self.token_map] = logits
+        return whole
 
 
 def load_heads(

@@ -23,6 +23,7 @@ from vllm_specplugin.errors import UnsupportedError, complain
 from vllm_specplugin.metrics import SpecMetrics
 from vllm_specplugin.vllm.device_counters import DeviceCounters
 from vllm_specplugin.vllm.device_trees import walk
+from vllm_specplugin.vllm.features import rows_of
 from vllm_specplugin.vllm.kv_paths import compact_paths
 from vllm_specplugin.vllm.sampling_v2 import Rows
 from vllm_specplugin.vllm.state import SpecState
@@ -67,6 +68,8 @@ class DeviceSide:
         self._nodes: DeviceTreePlan | None = None
         self.plan: DeviceTreePlan | None = None
         """The step's trees, unless the engine verifies chains only."""
+        self._emitted_from = torch.zeros(0, dtype=torch.int64, device=device)
+        """``[requests]`` row of the step that each last token came from."""
 
     @property
     def _spec(self) -> SpecState:
@@ -157,6 +160,7 @@ class DeviceSide:
         moved = accepted.new_zeros(())
         if plan is not None:
             moved = compact_paths(runner, plan, runner.spec_slots, path)
+        self._emitted_from = starts + path.gather(1, accepted[:, None])[:, 0]
         emitted = chosen[starts[:, None] + path]
         output = rows.output(
             emitted,
@@ -236,22 +240,15 @@ class DeviceSide:
         self, batch: Any, own: torch.Tensor | None, hidden_states: torch.Tensor
     ) -> torch.Tensor:
         """Drafts for the next step; see :meth:`~.host_side.HostSide.draft`."""
-        del own, hidden_states
+        del own
         runner, slots = self._runner, batch.idx_mapping
-        states = runner.sampler.sampling_states
         count, most = len(slots), runner.device_trees.max_nodes
         tokens = torch.full((count, most), -1, dtype=torch.int64, device=slots.device)
         parents = tokens.clone()
         if self._spec.config.proposer != "none" and self._spec.drafter.enabled:
             try:
                 tokens, parents = self._proposer.propose(
-                    DeviceContext(
-                        last=runner.req_states.last_sampled_tokens[slots, 0],
-                        positions=runner.req_states.total_len.gpu[slots].long(),
-                        seeds=states.seeds.gpu[slots],
-                        temperatures=states.temperature.gpu[slots],
-                        chains=self._chains[slots],
-                    )
+                    self._context(batch, hidden_states)
                 )
             except Exception as error:
                 self._failed(error)
@@ -261,6 +258,23 @@ class DeviceSide:
         tokens = tokens.masked_fill(self._apart[slots][:, None], -1)
         self._tokens[slots] = tokens
         return tokens.clamp(min=0)
+
+    def _context(self, batch: Any, hidden_states: torch.Tensor) -> DeviceContext:
+        runner, slots = self._runner, batch.idx_mapping
+        states = runner.sampler.sampling_states
+        rows = batch.logits_indices[self._emitted_from]
+        top_k, top_p = states.get_top_k_top_p(slots, batch.idx_mapping_np)
+        return DeviceContext(
+            last=runner.req_states.last_sampled_tokens[slots, 0],
+            positions=runner.req_states.total_len.gpu[slots].long(),
+            seeds=states.seeds.gpu[slots],
+            temperatures=states.temperature.gpu[slots],
+            chains=self._chains[slots],
+            target=rows_of(runner, hidden_states, rows),
+            top_k=top_k,
+            top_p=top_p,
+            greedy=not states.temperature.np[batch.idx_mapping_np].any(),
+        )
 
     def _failed(self, error: Exception) -> None:
         failures = self._spec.metrics.failures

@@ -20,7 +20,14 @@ from vllm_specplugin.errors import UnsupportedError, complain
 from vllm_specplugin.interfaces import ScoreResult, TargetRows
 from vllm_specplugin.layout import StepLayout
 
-__all__ = ["likeliest", "one_rank_only", "show", "show_rows", "target_rows"]
+__all__ = [
+    "likeliest",
+    "one_rank_only",
+    "rows_of",
+    "show",
+    "show_rows",
+    "target_rows",
+]
 
 IntArray = npt.NDArray[np.int32]
 
@@ -124,9 +131,14 @@ def target_rows(
     emitted_from = runner.spec.emitted_from[np.asarray(indices, dtype=np.intp)]
     rows = torch.from_numpy(emitted_from)
 
+    return rows_of(runner, hidden_states, rows.to(hidden_states.device).long())
+
+
+def rows_of(runner: Any, hidden_states: torch.Tensor, rows: torch.Tensor) -> TargetRows:
+    """The same for rows that are known where the hidden states are."""
+
     def lm_head(hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = runner.model.compute_logits(hidden)
         return logits.float()
 
-    own = hidden_states[rows.to(hidden_states.device).long()]
-    return TargetRows(hidden=own, lm_head=lm_head)
+    return TargetRows(hidden=hidden_states[rows], lm_head=lm_head)

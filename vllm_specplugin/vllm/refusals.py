@@ -60,6 +60,14 @@ def check_second(runner: Any, config: SpecConfig) -> None:
                 f"leave it out, {_FIRST}",
             )
         )
+    if config.tree_kernel == "flashinfer" and runner.scheduler_config.async_scheduling:
+        raise UnsupportedError(
+            complain(
+                "tree_kernel 'flashinfer' with asynchronous scheduling",
+                "synchronous scheduling: FlashInfer plans trees on the host",
+                "drop --async-scheduling, or leave tree_kernel out",
+            )
+        )
     for found, wrong in (
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),
         (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),

@@ -11,10 +11,12 @@ import importlib
 import inspect
 from functools import reduce
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 from vllm_specplugin.errors import UnsupportedError, complain
 from vllm_specplugin.vllm.seams_v2 import SECOND_RUNNER
+from vllm_specplugin.vllm.tree_attention.flashinfer import SIGNATURES as FLASHINFER
 
 __all__ = ["SUPPORTED", "check_version", "drift", "installed_version"]
 
@@ -305,6 +307,8 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
         "kv_cache",
         "slot_mapping",
     ),
+    # FlashInfer, if trees are to be computed by it
+    "vllm.utils.flashinfer:has_flashinfer": (),
     **SECOND_RUNNER,
 }
 """``module:attribute`` to the parameter names relied on, in order, or ``None``
@@ -338,9 +342,11 @@ def check_version() -> None:
 
 
 def drift() -> list[str]:
-    """Differences between :data:`SEAMS` and the installed vLLM, as sentences."""
+    """Differences between :data:`SEAMS` and the installed vLLM, as sentences; and
+    of FlashInfer where that is installed."""
+    relied_on = {**SEAMS, **(FLASHINFER if find_spec("flashinfer") else {})}
     return [
-        problem for path, names in SEAMS.items() if (problem := _check(path, names))
+        problem for path, names in relied_on.items() if (problem := _check(path, names))
     ]
 
 

@@ -23,6 +23,7 @@ states.apply_top_k_top_p = sampler.apply_top_k_top_p = apply_top_k_top_p_pytorch
 _WHOLE_ROWS = DeviceTreePlan.__dict__["rows"]
 _WHOLE_PLACE = DeviceTreePlan.place
 _WHOLE_COMPACT = host_side.compact_paths
+_WHOLE_ROWS_OF = device_side.rows_of
 
 
 def break_part(llm: Any, request: dict[str, Any]) -> None:
@@ -32,6 +33,7 @@ def break_part(llm: Any, request: dict[str, Any]) -> None:
     DeviceTreePlan.place = _stay if part == "positions" else _WHOLE_PLACE
     compact = _move_nothing if part == "compaction" else _WHOLE_COMPACT
     host_side.compact_paths = device_side.compact_paths = compact
+    device_side.rows_of = _first_rows if part == "hidden" else _WHOLE_ROWS_OF
 
 
 def _no_rows(plan: DeviceTreePlan) -> TreeRows:
@@ -50,6 +52,11 @@ def _stay(plan: DeviceTreePlan, positions: torch.Tensor) -> None:
 
 def _move_nothing(*_: Any) -> torch.Tensor:
     return torch.zeros((), dtype=torch.int64)
+
+
+def _first_rows(runner: Any, hidden: torch.Tensor, rows: torch.Tensor) -> Any:
+    """Another request's rows, or of the only one another position's."""
+    return _WHOLE_ROWS_OF(runner, hidden, torch.zeros_like(rows))
 
 
 def cached(llm: Any, request: dict[str, Any]) -> list[int]:

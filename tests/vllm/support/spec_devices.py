@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from spec_proposers import REAL
 
 from vllm_specplugin import EMPTY_TREE, DraftTree
 from vllm_specplugin.device_interfaces import DeviceContext, DeviceProposer
 from vllm_specplugin.interfaces import EngineInfo, ProposeContext
+from vllm_specplugin.proposers.medusa import MedusaProposer
 from vllm_specplugin.proposers.token_recycling import TokenRecyclingProposer
 
 # What to draft now, and by a request's seed its prompt's length and true output.
@@ -45,6 +48,8 @@ class OnDevice:
     def __init__(self, engine: EngineInfo, nodes: int, device: torch.device) -> None:
         recycling = TokenRecyclingProposer(TokenRecyclingProposer.Config(), engine)
         self._real = recycling.on_device(nodes, device)
+        medusa = MedusaProposer(MedusaProposer.Config(**REAL["medusa"]), engine)
+        self._medusa = medusa.on_device(nodes, device)
         self._vocab_size, self._nodes = engine.vocab_size, nodes
         self._rng = np.random.default_rng(0)
         self.needs_top = self._real.needs_top
@@ -56,6 +61,11 @@ class OnDevice:
         match STATE["what"]:
             case "recycling":
                 return self._real.propose(ctx)
+            case "medusa":
+                return self._medusa.propose(ctx)
+            case "medusa, other noise":
+                wrong = dataclasses.replace(ctx, positions=ctx.positions + 1)
+                return self._medusa.propose(wrong)
             case "raise":
                 raise RuntimeError("this proposer always raises")
         drafted = [self._random(ctx, i) for i in range(len(ctx.last))]

@@ -43,6 +43,8 @@ class TreeImpl:
     ``cache_layout.prepare_layers``."""
     device_kernel = False
     """Whether the Triton kernel reads this layer's cache; set likewise."""
+    tree_kernel: Any = None
+    """A :class:`~.flashinfer.FlashInferTrees` to use in its stead."""
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         # Tree rows are written as they are.

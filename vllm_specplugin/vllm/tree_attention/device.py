@@ -154,12 +154,14 @@ def attend(
     all_rows: bool,
 ) -> None:
     """Attention of one layer: of the nodes, or of all rows."""
-    from vllm_specplugin.vllm.tree_attention import triton
-
+    if impl.tree_kernel is None:
+        from vllm_specplugin.vllm.tree_attention.triton import tree_attention
+    else:
+        tree_attention = impl.tree_kernel.in_step(metadata)
     requests = min(len(metadata.seq_lens), len(trees.num_nodes))
     shape = (-1, impl.num_heads, impl.head_size)
     k_scale, v_scale, q_scale = scales(impl, layer, query)
-    triton.tree_attention(
+    tree_attention(
         query.view(shape),
         *key_value_views(impl, kv_cache),
         metadata.block_table[:requests],
