@@ -1,132 +1,19 @@
 """The proposer ``draft_model``: trees from a small model of the target's vocabulary.
 
-vLLM loads the draft model and keeps its keys and values in the target's blocks.
-How trees grow, and how candidates are coupled to the noise that the target will
-use, is in :mod:`._growth`.
-
-A draft step is run only if the tokens it is expected to add are worth its time
-at the engine's present speed, which the policy tells; what a step takes is
-measured here.
+vLLM loads the draft model and keeps its keys and values in the target's blocks. It
+runs only when drafts are wanted and catches up then. How trees grow is in
+:mod:`._growth`, what a level has to be worth in :mod:`._tree_drafter`.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
-
-import numpy as np
-import torch
-
-from vllm_specplugin.config import option
-from vllm_specplugin.draft import DraftTree
-from vllm_specplugin.errors import ConfigError, complain
-from vllm_specplugin.interfaces import EngineInfo, ProposeContext
-from vllm_specplugin.proposers._growth import Shape, grow
-from vllm_specplugin.steptime import LinearTime
+from vllm_specplugin.proposers._tree_drafter import TreeDrafter
 
 __all__ = ["DraftModelProposer"]
 
 
-class DraftModelProposer:
-    """Drafts with a model that vLLM has loaded beside the target."""
+class DraftModelProposer(TreeDrafter):
+    """Drafts with a model of its own."""
 
-    @dataclass(frozen=True, kw_only=True)
-    class Config:
-        """Options of ``draft_model``."""
-
-        model: str = option("", "path or hub id of the draft model; needed")
-        depth: int = option(6, "most draft steps", low=1, high=64)
-        width: int = option(
-            2, "most nodes per request that go through a draft step", low=1, high=64
-        )
-        siblings: int = option(4, "most candidates after a node", low=1, high=64)
-        min_survival: float = option(
-            0.02, "nodes less likely to be accepted are not drafted", low=0, high=1
-        )
-        spread: float = option(
-            0.8,
-            "how far the draft model's logits are off; higher means less confident",
-            low=0.01,
-        )
-        choose: str = option(
-            "coupled",
-            "candidates at temperature > 0: with the request's noise, the likeliest, "
-            "or drawn from q for scorers that weigh drafts with it",
-            choices=("coupled", "likeliest", "drawn"),
-        )
-        engine: Mapping[str, Any] = field(
-            default_factory=dict,
-            metadata={"help": "further keys of vLLM's speculative_config"},
-        )
-
-    def __init__(
-        self,
-        config: Config,
-        engine: EngineInfo,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self._spread = config.spread
-        self._shape = Shape(
-            depth=config.depth,
-            width=config.width,
-            siblings=config.siblings,
-            min_survival=config.min_survival,
-            coupled=config.choose == "coupled",
-            drawn=config.choose == "drawn",
-            noise=engine.noise,
-        )
-        self._generator = cache(lambda device: torch.Generator(device).manual_seed(0))
-        self._clock = clock
-        self._price = LinearTime(np.array([1.0, 0.05]), np.array([0.5, 0.05]))
-
-    @classmethod
-    def speculative(cls, config: Config) -> Mapping[str, Any]:
-        """What vLLM has to load.
-
-        Raises:
-            ConfigError: no model is named.
-        """
-        if not config.model:
-            raise ConfigError(
-                complain(
-                    "proposer 'draft_model' without a model",
-                    "a path or hub id of a model with the target's vocabulary",
-                    """give it: --spec-options '{"proposer": {"model": "..."}}'""",
-                )
-            )
-        return {
-            **config.engine,
-            "method": "draft_model",
-            "model": config.model,
-            "driven": True,
-        }
-
-    def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
-        assert ctx.draft_model is not None, "the runner gives what speculative() asks"
-        running, since = 0, 0.0
-
-        def worth(gain: float, rows: int) -> bool:
-            nonlocal running, since
-            now = self._clock()
-            if running:
-                self._price.observe(np.array([1.0, running]), now - since)
-                self._price.refresh()
-            seconds = float(self._price.seconds(np.array([1.0, rows])))
-            running, since = rows, now
-            return gain > ctx.rate * seconds
-
-        return grow(
-            ctx.draft_model,
-            ctx.requests,
-            self._shape,
-            self._spread,
-            worth,
-            ctx.node_price,
-            self._generator,
-        )
-
-    def release(self, req_ids: Sequence[str]) -> None:
-        """Nothing is kept per request; the engine keeps what the model knows."""
+    method = "draft_model"
+    weights = "a model with the target's vocabulary"

@@ -122,8 +122,11 @@ PROPOSERS = Registry(
     "vllm_specplugin.proposers",
     {
         "draft_model": "vllm_specplugin.proposers.draft_model:DraftModelProposer",
+        "eagle": "vllm_specplugin.proposers.eagle:EagleProposer",
+        "eagle3": "vllm_specplugin.proposers.eagle3:Eagle3Proposer",
         "fused": "vllm_specplugin.proposers.fused:FusedProposer",
         "medusa": "vllm_specplugin.proposers.medusa:MedusaProposer",
+        "mtp": "vllm_specplugin.proposers.mtp:MtpProposer",
         "none": "vllm_specplugin.proposers.none:NoProposer",
         "ngram": "vllm_specplugin.proposers.ngram:NgramProposer",
         "suffix": "vllm_specplugin.proposers.suffix:SuffixProposer",

@@ -16,7 +16,7 @@ beside the target's, in the same blocks, with slots to spare for drafts
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,59 +24,26 @@ import torch
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_specplugin.errors import UnsupportedError, complain
+from vllm_specplugin.interfaces import ScoreResult
+from vllm_specplugin.layout import StepLayout
 from vllm_specplugin.vllm.cache_layout import prepare_layers
 from vllm_specplugin.vllm.tree_attention.plan import DraftRows, TreeRows
 
-__all__ = ["DraftSession", "PagedDraftModel", "draft_layers", "load_draft_model"]
+__all__ = ["DraftSession", "PagedDraftModel"]
 
 _WORD = 64
 """Nodes of one request that a mask of one word can tell apart."""
 
 Ints = npt.NDArray[np.int64]
-
-
-def draft_layers(runner: Any) -> frozenset[str]:
-    """Names of the attention layers that belong to a drafter of vLLM's."""
-    drafter = getattr(runner, "drafter", None)
-    return frozenset(getattr(drafter, "_draft_attn_layer_names", ()))
-
-
-def load_draft_model(runner: Any) -> PagedDraftModel | None:
-    """The draft model of a runner whose caches exist, ``None`` if it has none.
-
-    Raises:
-        UnsupportedError: trees cannot be run through it.
-    """
-    config = runner.speculative_config
-    ranks = runner.parallel_config.world_size
-    if ranks > 1 and (config.use_eagle() or config.uses_draft_model()):
-        raise UnsupportedError(
-            complain(
-                f"drafting with a model on {ranks} ranks",
-                "one rank: the first drafts for all",
-                "use a model-free proposer, such as 'suffix'",
-            )
-        )
-    if config.method != "draft_model":
-        return None
-    model = PagedDraftModel(runner)
-    reason = model.prepare()
-    if config.use_heterogeneous_vocab:
-        reason = "its vocabulary is not the target's"
-    if reason is not None and not runner.spec.follows_native:
-        raise UnsupportedError(
-            complain(
-                f"draft model {config.model}: {reason}",
-                "plain causal attention and the target's vocabulary",
-                "use the proposer 'vllm:draft_model', or a model-free one",
-            )
-        )
-    return model if reason is None else None
+Nodes = tuple[Ints, Ints, Ints, TreeRows]
+"""What :meth:`PagedDraftModel.run_nodes` is told of them."""
 
 
 class PagedDraftModel:
     """Beside one of vLLM's runners that has loaded a draft model."""
+
+    _behind: ClassVar[int] = 0
+    """Tokens between the one a row reads and the row's position."""
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
@@ -194,7 +161,7 @@ class PagedDraftModel:
         ready = np.flatnonzero(starts + takes == ends)
         rows = np.flatnonzero(takes)
         indices, starts, takes = indices[rows], starts[rows], takes[rows]
-        hidden = self._run_causal(indices, starts, takes)
+        hidden, _ = self._run_causal(indices, starts, takes)
         for index, row, known in zip(
             indices.tolist(), rows.tolist(), (starts + takes).tolist()
         ):
@@ -202,7 +169,26 @@ class PagedDraftModel:
         last = np.cumsum(takes)[np.searchsorted(rows, ready)] - 1
         return ready, self._logits(hidden[torch.from_numpy(last).to(hidden.device)])
 
-    def _run_causal(self, indices: Ints, starts: Ints, takes: Ints) -> torch.Tensor:
+    def leave(self, scheduler_output: Any) -> None:
+        """Told before a step, while requests that leave are in the batch."""
+
+    def commit(self, layout: StepLayout, result: ScoreResult) -> None:
+        """Told after each step what of it is kept, before drafting."""
+
+    def read(self, hidden: torch.Tensor, aux: Sequence[torch.Tensor] | None) -> None:
+        """Told the target's hidden states of the same step's rows."""
+
+    def forget_rows(self) -> None:
+        """Told instead of that if vLLM's drafter runs by itself."""
+
+    def _run_causal(
+        self,
+        indices: Ints,
+        starts: Ints,
+        takes: Ints,
+        features: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs consecutive rows of some requests; see :meth:`_forward`."""
         batch, device = self._runner.input_batch, self._runner.device
         owner = np.repeat(indices, takes)
         offsets = np.concatenate([[0], np.cumsum(takes)])
@@ -226,13 +212,17 @@ class PagedDraftModel:
             causal=True,
         )
         _, metadata = self._drafter.build_per_group_and_layer_attn_metadata(common)
-        return self._forward(
-            batch.token_ids_cpu[owner, positions], positions, slots, metadata
-        )
+        tokens = batch.token_ids_cpu[owner, positions + self._behind]
+        return self._forward(tokens, positions, slots, metadata, features)
 
     def run_nodes(
-        self, tokens: Ints, positions: Ints, slots: Ints, rows: TreeRows
-    ) -> torch.Tensor:
+        self,
+        tokens: Ints,
+        positions: Ints,
+        slots: Ints,
+        rows: TreeRows,
+        features: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs nodes of trees.
 
         Args:
@@ -240,14 +230,16 @@ class PagedDraftModel:
             positions: ``[m]`` rotary positions.
             slots: ``[m]`` where keys and values go.
             rows: what each node sees.
+            features: ``[m, hidden_size]`` for a head that reads them.
 
         Returns:
-            ``[m, vocab]`` logits.
+            ``[m, vocab]`` logits, and ``[m, hidden_size]`` features for children.
         """
         metadata = DraftRows(rows, self._table.block_table.gpu)
         where = torch.from_numpy(slots).to(self._runner.device)
         shared = dict.fromkeys(self.layer_names, metadata)
-        return self._logits(self._forward(tokens, positions, where, shared))
+        hidden, given = self._forward(tokens, positions, where, shared, features)
+        return self._logits(hidden), given
 
     def _forward(
         self,
@@ -255,8 +247,11 @@ class PagedDraftModel:
         positions: Ints,
         slots: torch.Tensor,
         metadata: Mapping[str, Any],
-    ) -> torch.Tensor:
+        features: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the lm_head reads of each row, and what rows after it do."""
         device, count = self._runner.device, len(tokens)
+        read = {} if features is None else {"hidden_states": features}
         self.tokens += count
         with set_forward_context(
             metadata,
@@ -264,12 +259,13 @@ class PagedDraftModel:
             num_tokens=count,
             slot_mapping=dict.fromkeys(self.layer_names, slots),
         ):
-            hidden: torch.Tensor = self._drafter.model(
+            hidden: Any = self._drafter.model(
                 input_ids=torch.from_numpy(tokens.astype(np.int32)).to(device),
                 positions=torch.from_numpy(positions).to(device),
                 inputs_embeds=None,
+                **read,
             )
-        return hidden
+        return hidden if isinstance(hidden, tuple) else (hidden, hidden)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self._drafter.model.compute_logits(hidden)
@@ -321,7 +317,12 @@ class DraftSession:
             nodes=np.array(self._masks[first:], dtype=np.uint64),
         )
         slots = self._model.slots(indices, ends + bits)
-        return self._model.run_nodes(tokens, ends - 1 + depths, slots, rows)
+        positions = ends - 1 + depths
+        return self._run(owners, parents, (tokens, positions, slots, rows))
+
+    def _run(self, owners: Ints, parents: Ints, nodes: Nodes) -> torch.Tensor:
+        logits, _ = self._model.run_nodes(*nodes)
+        return logits
 
     def _place(self, owner: int, parent: int, token: int) -> None:
         spine, number = self._spines[owner], len(self._bits)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from vllm_specplugin.layout import Move
-from vllm_specplugin.vllm.draft_lm import draft_layers
+from vllm_specplugin.vllm.draft_loading import draft_layers
 from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan
 
 if TYPE_CHECKING:

@@ -45,6 +45,17 @@ class NativeCall:
         found: torch.Tensor = self._rest[3]
         return found
 
+    @property
+    def hidden_states(self) -> torch.Tensor:
+        """``[tokens, hidden_size]`` of all rows of the step."""
+        found: torch.Tensor = self._rest[2]
+        return found
+
+    @property
+    def aux_hidden_states(self) -> list[torch.Tensor] | None:
+        """The same of the layers that a drafter reads, if it reads several."""
+        return self._rest[4]  # type: ignore[no-any-return]
+
     def of(self, req_ids: Sequence[str]) -> _Drafts:
         """What a proposer is shown, for some of the requests."""
         index = self._runner.input_batch.req_id_to_index

@@ -35,7 +35,7 @@ from vllm_specplugin.draft_request import DraftRequest
 from vllm_specplugin.interfaces import ScoreBatch
 from vllm_specplugin.layout import StepLayout, scheduled_tree
 from vllm_specplugin.noise import request_seed
-from vllm_specplugin.vllm.draft_lm import draft_layers, load_draft_model
+from vllm_specplugin.vllm.draft_loading import draft_layers, load_draft_model
 from vllm_specplugin.vllm.features import likeliest, show_rows
 from vllm_specplugin.vllm.kv_compaction import compact
 from vllm_specplugin.vllm.logits import gather_logprobs, process_logits
@@ -69,6 +69,8 @@ class TreeRunnerV1:
     def _update_states(self, scheduler_output: Any) -> Any:
         spec, runner = self.spec, self
         finished = list(scheduler_output.finished_req_ids)
+        if spec.draft_model is not None:
+            spec.draft_model.leave(scheduler_output)
         if finished:
             spec.drafter.release(finished)
             spec.scorer.release(finished)
@@ -190,6 +192,8 @@ class TreeRunnerV1:
         result = score(spec, batch)
         show_rows(self, top, result)
         spec.emitted_from = result.rows[np.arange(len(req_ids)), result.lengths - 1]
+        if spec.draft_model is not None:
+            spec.draft_model.commit(layout, result)
         if step.plan is not None:
             moves = layout.moves(result.rows, result.lengths)
             spec.metrics.kv_rows_moved += compact(self, step.plan, moves)
@@ -244,6 +248,7 @@ class TreeRunnerV1:
 
     def _draft(self, sampled_token_ids: list[list[int]]) -> list[list[int]]:
         spec = self.spec
+        spec.read_target()
         drafting: list[int] = []
         requests: list[DraftRequest] = []
         if spec.config.proposer != "none":

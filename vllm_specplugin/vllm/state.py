@@ -119,6 +119,16 @@ class SpecState:
             **prices,
         )
 
+    def read_target(self) -> None:
+        """Shows a draft model the target's hidden states of the step that ends."""
+        model, call = self.draft_model, self.native
+        if model is None or not isinstance(call, NativeCall):
+            return
+        if self.follows_native:
+            model.forget_rows()
+        else:
+            model.read(call.hidden_states, call.aux_hidden_states)
+
     def close(self) -> None:
         """Ends the trace, if one is written, and the metrics."""
         self.observer.close()

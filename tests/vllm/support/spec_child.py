@@ -97,8 +97,8 @@ def _hasty(self: Any, indices: Any, ends: Any) -> Any:
     return _WHOLE_DRAFTS["catch_up"](self, indices, ends)
 
 
-def _flat(self: Any, tokens: Any, positions: Any, slots: Any, rows: Any) -> Any:
-    return _WHOLE_DRAFTS["run_nodes"](self, tokens, positions * 0 + 1, slots, rows)
+def _flat(self: Any, tokens: Any, positions: Any, *rest: Any) -> Any:
+    return _WHOLE_DRAFTS["run_nodes"](self, tokens, positions * 0 + 1, *rest)
 
 
 def preemptions(llm: Any, request: dict[str, Any]) -> int:
