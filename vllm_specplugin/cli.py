@@ -13,6 +13,7 @@ from vllm_specplugin import __version__
 from vllm_specplugin.ab.arguments import add_commands
 from vllm_specplugin.config import ROLES
 from vllm_specplugin.errors import ConfigError, SpecPluginError, complain
+from vllm_specplugin.fuzz.cli import add_command as add_fuzz_command
 from vllm_specplugin.heads.cli import add_commands as add_heads_commands
 
 __all__ = ["main"]
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_tune(commands)
     _add_calibration(commands)
     add_heads_commands(commands)
+    add_fuzz_command(commands)
     add_commands(commands)
     return parser
 

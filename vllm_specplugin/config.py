@@ -33,6 +33,7 @@ __all__ = [
     "cache_dir",
     "check_option",
     "child_environment",
+    "kernels_are_interpreted",
     "make_stats_dir",
     "mending_wanted",
     "models_dir",
@@ -380,6 +381,11 @@ def models_dir() -> Path | None:
     """Where the embedded models are, if ``$SPECPLUGIN_MODELS`` says so."""
     folder = os.environ.get("SPECPLUGIN_MODELS")
     return Path(folder) if folder else None
+
+
+def kernels_are_interpreted() -> bool:
+    """Whether Triton interprets kernels (``$TRITON_INTERPRET``)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def mending_wanted() -> bool:

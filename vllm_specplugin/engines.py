@@ -96,6 +96,11 @@ class EngineProcess:
         self._log.seek(0)
         return self._log.read()
 
+    def kill(self) -> None:
+        """Ends the process at once, from any thread; whoever waits for an answer
+        gets an :class:`EngineError`."""
+        self._process.kill()
+
     def close(self, patience: float = 10) -> None:
         """Ends the process, after ``patience`` seconds by force. Idempotent."""
         if self._process.stdin:

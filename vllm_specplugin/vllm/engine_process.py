@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
-__all__ = ["Command", "build_llm", "main", "serve", "spec_counters"]
+__all__ = ["Command", "build_llm", "main", "sampling_params", "serve", "spec_counters"]
 
 Command = Callable[[Any, dict[str, Any]], Any]
 """``(llm, request) -> answer``."""
@@ -51,7 +51,7 @@ def build_llm(settings: Mapping[str, Any]) -> Any:
 
 def run(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
     """Generates for all prompts at once and times it."""
-    params = [_sampling_params(**p) for p in request["params"]]
+    params = [sampling_params(**p) for p in request["params"]]
     prompts = [
         {"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt
         for prompt in request["prompts"]
@@ -94,7 +94,8 @@ def _closed_loop(
     return [outputs[number] for number in range(len(prompts))]
 
 
-def _sampling_params(**values: Any) -> Any:
+def sampling_params(**values: Any) -> Any:
+    """vLLM's, from plain data."""
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 

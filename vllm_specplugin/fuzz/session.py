@@ -1,0 +1,250 @@
+"""One frame's engines, and the verdict on a workload."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from vllm_specplugin.engines import EngineError, EngineProcess
+from vllm_specplugin.errors import ConfigError, complain
+from vllm_specplugin.fuzz.adversary import PATH
+from vllm_specplugin.fuzz.compare import compare, compare_texts
+from vllm_specplugin.fuzz.generate import PLUGIN
+from vllm_specplugin.fuzz.models import make_adapters, make_model
+from vllm_specplugin.fuzz.workload import Case, Frame, Workload, plain
+
+__all__ = ["Engine", "Session", "Start", "Verdict", "start_engine"]
+
+_PATIENCE = {"v1": 120.0, "v2": 400.0}
+"""Seconds for an answer, after which an engine counts as hung."""
+_START_PATIENCE = 240.0
+
+
+class Engine(Protocol):
+    """What a session needs of an engine: an ``EngineProcess``, or a test's own."""
+
+    def ask(self, do: str, **request: Any) -> Any: ...
+
+    def kill(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+Start = Callable[[Frame, bool, Path], Engine]
+"""``(frame, plain, folder) -> engine``; ``plain`` for vLLM without the plugin."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What came of one workload."""
+
+    problems: list[str]
+    truth: Mapping[str, Any] = field(default_factory=dict)
+    got: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.problems)
+
+
+class Session:
+    """A frame's engines, started when first asked and again after they died.
+
+    Args:
+        frame: what they are.
+        folder: where models are made.
+        start: makes an engine.
+    """
+
+    def __init__(self, frame: Frame, folder: Path, start: Start) -> None:
+        self.frame = frame
+        self._folder, self._start = folder, start
+        self._engines: dict[bool, Engine] = {}
+        self._adapters = (
+            [str(path) for path in make_adapters(folder)]
+            if "enable_lora" in frame.engine
+            else []
+        )
+
+    def judge(self, workload: Workload) -> Verdict:
+        """Runs a workload without drafts, then with, and compares."""
+        case = Case(frame=self.frame, workload=workload)
+        none = {**workload.drafting, "proposer": "none", "policy": "fixed"}
+        if self.frame.asynchronous:
+            none["proposer"] = PATH
+        none["options"] = {}
+        try:
+            truth = self._play(workload, False, none, None, aborts=False)
+            drafting = {**PLUGIN, **workload.drafting}
+            got = self._play(workload, False, drafting, truth["outputs"], aborts=True)
+            problems = compare(case, truth, got)
+            if self.frame.plain and not problems:
+                problems = self._judge_plain(workload, truth)
+            return Verdict(problems=problems, truth=truth, got=got)
+        except EngineError as error:
+            self.close()
+            lines = str(error).splitlines() or [""]
+            return Verdict(problems=[f"the engine failed: {lines[0]}"])
+
+    def _judge_plain(self, workload: Workload, truth: Mapping[str, Any]) -> list[str]:
+        """vLLM's own text. Its first runner draws other noise, so only greedy
+        requests compare there, unseeded: it cannot draw with a generator on a CPU."""
+        requests, kept = [], []
+        for number, request in enumerate(workload.requests):
+            params = dict(request.params)
+            greedy = params.get("temperature") == 0
+            extra = params.pop("extra_args", {})
+            if self.frame.runner == "v1":
+                del params["seed"]
+            if (
+                request.follows is None
+                and extra.get("spec_max_nodes") != 99
+                and "min_p" not in params
+                and (greedy or self.frame.runner == "v2")
+            ):
+                requests.append(plain_request(request, params=params, extra=extra))
+                kept.append(number)
+        if not requests:
+            return []
+        work = Workload(requests=tuple(requests), seed=workload.seed)
+        answer = self._play(work, True, None, None, aborts=False)
+        found = compare_texts(
+            work.requests, answer["outputs"], [truth["outputs"][i] for i in kept]
+        )
+        return [f"against vLLM itself, of {kept}: {text}" for text in found]
+
+    def _play(
+        self,
+        workload: Workload,
+        vllm: bool,
+        drafting: Mapping[str, Any] | None,
+        truth: Any,
+        *,
+        aborts: bool,
+    ) -> Mapping[str, Any]:
+        engine = self._engine(vllm)
+        timer = threading.Timer(_PATIENCE[self.frame.runner], engine.kill)
+        timer.start()
+        try:
+            answer: Mapping[str, Any] = engine.ask(
+                "play",
+                workload=plain(workload),
+                drafting=None if drafting is None else {**PLUGIN, **drafting},
+                truth=truth,
+                aborts=aborts,
+                adapters=self._adapters,
+            )
+        finally:
+            timer.cancel()
+        return answer
+
+    def _engine(self, vllm: bool) -> Engine:
+        if vllm not in self._engines:
+            engine = self._engines[vllm] = self._start(self.frame, vllm, self._folder)
+            timer = threading.Timer(_START_PATIENCE, engine.kill)
+            timer.start()
+            try:
+                engine.ask("stats") if not vllm else engine.ask("preemptions")
+            finally:
+                timer.cancel()
+        return self._engines[vllm]
+
+    def close(self) -> None:
+        """Ends the engines; the next workload starts them again."""
+        for engine in self._engines.values():
+            engine.close()
+        self._engines.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def plain_request(request: Any, *, params: Any, extra: Any) -> Any:
+    """The same request to vLLM without the plugin."""
+    import dataclasses
+
+    rule = {k: v for k, v in extra.items() if k == "spec_scorer"}
+    if rule:  # kept to tell that its text is another
+        params = {**params, "extra_args": rule}
+    return dataclasses.replace(request, params=params, abort=None, mode="none")
+
+
+def start_engine(
+    frame: Frame,
+    vllm: bool,
+    folder: Path,
+    *,
+    module: str = "vllm_specplugin.vllm.fuzz_process",
+    path: str = "",
+) -> EngineProcess:
+    """Starts an engine of a frame in a process of its own.
+
+    Args:
+        frame: which.
+        vllm: whether without the plugin.
+        folder: where the random model is made.
+        module: what to run, for tests that break parts.
+        path: folders to put on the child's path, for the same.
+    """
+    environment = {"OMP_NUM_THREADS": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    if frame.runner == "v2":
+        environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+        environment |= second_runner_on_cpu(frame.asynchronous, path)
+    elif path:
+        environment["PYTHONPATH"] = path
+    speculate = {
+        "proposer": PATH,
+        "policy": "fixed",
+        "max_nodes": frame.max_nodes,
+        "options": dict(PLUGIN),
+    }
+    engine = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 32 << 20,
+        "disable_log_stats": False,
+        **frame.engine,
+    }
+    return EngineProcess(
+        f"{frame.runner} {frame.model}{' without the plugin' if vllm else ''}",
+        {
+            "model": str(make_model(frame.model, folder)),
+            "engine": engine,
+            "speculate": None if vllm else speculate,
+        },
+        environment=environment,
+        module=module,
+    )
+
+
+def second_runner_on_cpu(asynchronous: bool, path: str = "") -> dict[str, str]:
+    """Variables with which vLLM runs its second runner on a CPU: the repository has
+    a Triton backend that interprets kernels. Nothing is needed with a GPU.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return {"PYTHONPATH": path} if path else {}
+    overlay = Path(__file__).parents[2] / "tests" / "support" / "triton_cpu"
+    if not overlay.is_dir():
+        raise ConfigError(
+            complain(
+                "the second runner without a GPU",
+                "the folder tests/support/triton_cpu of a clone of the repository",
+                "install from a clone (pip install -e), or use --runner v1",
+            )
+        )
+    return {
+        "PYTHONPATH": f"{overlay}:{path}" if path else str(overlay),
+        "TRITON_INTERPRET": "1",
+        "TRITON_CPU_ASYNC": str(int(asynchronous)),
+    }
