@@ -31,29 +31,29 @@ from vllm_specplugin.heads.eagle import (
     EagleHead,
     EagleShape,
     save_eagle,
-    target_layers,
 )
 
 DECAY = 0.8
+LAYERS = (2, 4, 5)
+"""What EAGLE-3 reads: after so many of the target's six."""
 
 
 class Teacher:
     """The frozen target."""
 
-    def __init__(self, folder: Path, third: bool, device: str) -> None:
+    def __init__(self, folder: Path, layers: tuple[int, ...], device: str) -> None:
         model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.model = model.to(device).eval().requires_grad_(False)
-        self.third = third
+        self.layers = layers
 
     @torch.no_grad()
     def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``[batch, length]`` tokens to states that a head reads, last hidden
         states, and log p."""
-        found = self.model.base_model(rows, output_hidden_states=self.third)
+        found = self.model.base_model(rows, output_hidden_states=bool(self.layers))
         last = states = found.last_hidden_state
-        if self.third:
-            layers = target_layers(self.model.config.num_hidden_layers)
-            states = torch.cat([found.hidden_states[i] for i in layers], -1)
+        if self.layers:
+            states = torch.cat([found.hidden_states[i] for i in self.layers], -1)
         return states, last, self.model.lm_head(last).log_softmax(-1)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -116,7 +116,8 @@ def main() -> None:
     """Trains, evaluates and saves; goes on from ``--state`` if that exists."""
     args = arguments().parse_args()
     torch.manual_seed(args.seed)
-    teacher = Teacher(args.target, args.third, args.device)
+    layers = LAYERS if args.third else ()
+    teacher = Teacher(args.target, layers, args.device)
     config = teacher.model.config
     head = EagleHead(
         EagleShape(
@@ -127,7 +128,7 @@ def main() -> None:
             positions=config.max_position_embeddings,
             rope_theta=config.rope_parameters["rope_theta"],
             eps=config.rms_norm_eps,
-            third=args.third,
+            layers=layers,
         )
     ).to(args.device)
     print(f"{sum(p.numel() for p in head.parameters()) / 1e6:.2f}M parameters")

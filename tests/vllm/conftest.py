@@ -114,7 +114,7 @@ def start(
     return Engine(
         name,
         {
-            "model": str(TARGET),
+            "model": engine.pop("model", str(TARGET)),
             "engine": {**_BASE, **engine},
             "speculate": speculate,
         },

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["EagleHead", "EagleShape", "load_eagle", "save_eagle", "target_layers"]
+__all__ = ["EagleHead", "EagleShape", "load_eagle", "save_eagle"]
 
 Past = tuple[Tensor, Tensor]
 """Keys and values, ``[batch, heads, length, head_dim]``."""
@@ -47,8 +47,13 @@ class EagleShape:
     """``max_position_embeddings``."""
     rope_theta: float = 10_000.0
     eps: float = 1e-5
-    third: bool = False
-    """Whether it is an EAGLE-3 head."""
+    layers: tuple[int, ...] = ()
+    """Of an EAGLE-3 head, after how many of its layers the target is read."""
+
+    @property
+    def third(self) -> bool:
+        """Whether it is an EAGLE-3 head."""
+        return bool(self.layers)
 
     @property
     def head_dim(self) -> int:
@@ -56,7 +61,9 @@ class EagleShape:
 
     def to_config(self) -> dict[str, Any]:
         """As the public checkpoints have it."""
+        read = {"eagle_aux_hidden_state_layer_ids": list(self.layers)}
         return {
+            **({"eagle_config": read} if self.third else {}),
             "architectures": [
                 "LlamaForCausalLMEagle3" if self.third else "LlamaForCausalLM"
             ],
@@ -77,7 +84,6 @@ class EagleShape:
             "tie_word_embeddings": False,
             "bos_token_id": 0,
             "eos_token_id": 0,
-            "torch_dtype": "bfloat16",
         }
 
     @classmethod
@@ -91,13 +97,12 @@ class EagleShape:
             positions=config["max_position_embeddings"],
             rope_theta=config["rope_theta"],
             eps=config["rms_norm_eps"],
-            third="Eagle3" in config["architectures"][0],
+            layers=tuple(
+                config.get("eagle_config", {}).get(
+                    "eagle_aux_hidden_state_layer_ids", ()
+                )
+            ),
         )
-
-
-def target_layers(count: int) -> tuple[int, int, int]:
-    """The layers before which vLLM reads the target for EAGLE-3, of ``count``."""
-    return 2, count // 2, count - 3
 
 
 class _Attention(nn.Module):
@@ -142,7 +147,7 @@ class EagleHead(nn.Module):
         super().__init__()
         self.shape = shape
         width = shape.hidden_size
-        self.fc = nn.Linear(width * (3 if shape.third else 2), width, bias=False)
+        self.fc = nn.Linear(width * (len(shape.layers) or 2), width, bias=False)
         layer = _Layer(shape)
         if shape.third:
             self.midlayer = layer
@@ -230,13 +235,16 @@ def _turn(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def save_eagle(head: EagleHead, folder: Path) -> None:
-    """Writes ``config.json`` and bfloat16 weights."""
+def save_eagle(
+    head: EagleHead, folder: Path, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Writes ``config.json`` and weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(head.shape.to_config(), indent=2)
+    stored = {"dtype": str(dtype).removeprefix("torch.")}
+    config = json.dumps(head.shape.to_config() | stored, indent=2)
     (folder / "config.json").write_text(config + "\n")
     state = {
-        name: value.detach().to("cpu", torch.bfloat16).contiguous()
+        name: value.detach().to("cpu", dtype).contiguous()
         for name, value in head.state_dict().items()
     }
     save_file(state, folder / "model.safetensors", {"format": "pt"})

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import spec_drafts
 
 from vllm_specplugin.layout import StepLayout
-from vllm_specplugin.vllm import draft_lm, engine_process, runner_v1, state
+from vllm_specplugin.vllm import (
+    draft_head,
+    draft_lm,
+    engine_process,
+    runner_v1,
+    state,
+)
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows
 
 _WHOLE = {
@@ -21,6 +28,17 @@ _WHOLE = {
 _WHOLE_DRAFTS = {
     name: getattr(draft_lm.PagedDraftModel, name)
     for name in ("follow", "catch_up", "run_nodes")
+}
+
+_WHOLE_HEADS = {
+    (owner, name): getattr(owner, name)
+    for owner, name in (
+        (draft_head.PagedHead, "commit"),
+        (draft_head.PagedHead, "_behind"),
+        (draft_head.HeadSession, "__init__"),
+        (draft_head.HeadSession, "_run"),
+        (draft_lm.PagedDraftModel, "run_nodes"),
+    )
 }
 
 
@@ -101,6 +119,45 @@ def _flat(self: Any, tokens: Any, positions: Any, *rest: Any) -> Any:
     return _WHOLE_DRAFTS["run_nodes"](self, tokens, positions * 0 + 1, *rest)
 
 
+def break_heads(llm: Any, request: dict[str, Any]) -> None:
+    """Breaks one part of how a head on hidden states is run, or mends them all."""
+    head, session = draft_head.PagedHead, draft_head.HeadSession
+    for (owner, name), whole in _WHOLE_HEADS.items():
+        setattr(owner, name, whole)
+    part = request["part"]
+    if part == "rows":  # the hidden state of the row before
+        head.commit = _one_back
+    elif part == "path":  # the first nodes count as the accepted ones
+        head.commit = _first_nodes
+    elif part == "shift":  # a row reads its own token
+        head._behind = 0
+        session.__init__ = _shifted
+    elif part == "features":  # every node reads the root's
+        session._run = _orphans
+    elif part == "positions":
+        draft_lm.PagedDraftModel.run_nodes = _flat
+
+
+def _one_back(self: Any, layout: Any, result: Any) -> None:
+    _WHOLE_HEADS[draft_head.PagedHead, "commit"](self, layout, result)
+    self._kept = [(start, np.maximum(rows - 1, 0)) for start, rows in self._kept]
+
+
+def _first_nodes(self: Any, layout: Any, result: Any) -> None:
+    rows = layout.starts[:-1, None] + np.arange(result.rows.shape[1])
+    commit = _WHOLE_HEADS[draft_head.PagedHead, "commit"]
+    commit(self, layout, dataclasses.replace(result, rows=rows))
+
+
+def _shifted(self: Any, model: Any, indices: Any, ends: Any) -> None:
+    draft_lm.DraftSession.__init__(self, model, indices, ends - 1)
+
+
+def _orphans(self: Any, owners: Any, parents: Any, nodes: Any) -> Any:
+    run = _WHOLE_HEADS[draft_head.HeadSession, "_run"]
+    return run(self, owners, np.full(len(parents), -1), nodes)
+
+
 def preemptions(llm: Any, request: dict[str, Any]) -> int:
     """How many requests vLLM has preempted so far."""
     return sum(
@@ -115,6 +172,7 @@ if __name__ == "__main__":
             "break": break_part,
             "preemptions": preemptions,
             "break_drafts": break_drafts,
+            "break_heads": break_heads,
             "seen": spec_drafts.seen,
         }
     )

@@ -1,8 +1,8 @@
-"""``draft_model`` with every row of its model compared to a fresh prefill."""
+"""Proposers with every row of their draft model compared to a fresh prefill."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,30 +17,39 @@ SEEN: dict[str, float] = {"rows": 0, "nodes": 0, "worst": 0.0}
 of a logit."""
 
 
-class CheckedDrafts(DraftModelProposer):
-    """Skips some calls, so that the model falls behind and has to catch up."""
+Reference = Callable[[list[int], list[int]], torch.Tensor]
+"""The text and drafted tokens behind it to ``[vocab]`` logits after the last."""
 
-    Config = DraftModelProposer.Config
 
-    def __init__(self, config: Any, engine: EngineInfo) -> None:
-        super().__init__(config, engine)
-        from transformers import AutoModelForCausalLM
+class Checked:
+    """Mixed into a proposer. Skips some calls, so that the model falls behind."""
 
-        self._reference = AutoModelForCausalLM.from_pretrained(
-            config.model, dtype=torch.float32
-        )
-        self._calls = 0
+    _calls = 0
+    reference: Reference
 
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
         self._calls += 1
         if self._calls % 5 == 0:
             return [EMPTY_TREE] * len(ctx.requests)
-        checked = _Checked(ctx, self._reference)
-        return super().propose(replace(ctx, draft_model=checked))
+        checked = _Checked(ctx, self.reference)
+        return super().propose(replace(ctx, draft_model=checked))  # type: ignore[misc]
+
+
+class CheckedDrafts(Checked, DraftModelProposer):
+    """``draft_model``; the reference is transformers."""
+
+    def __init__(self, config: Any, engine: EngineInfo) -> None:
+        super().__init__(config, engine)
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+        self.reference = lambda text, path: model(torch.tensor([text + path])).logits[
+            0, -1
+        ]
 
 
 class _Checked:
-    def __init__(self, ctx: ProposeContext, reference: Any) -> None:
+    def __init__(self, ctx: ProposeContext, reference: Reference) -> None:
         assert ctx.draft_model is not None
         self._model = ctx.draft_model
         self._texts = [view.tokens.tolist() for view in ctx.requests]
@@ -67,8 +76,7 @@ class _Checked:
 
     @torch.inference_mode()
     def _compare(self, owner: int, path: list[int], row: torch.Tensor) -> None:
-        ids = torch.tensor([self._texts[owner] + path])
-        expected = self._reference(ids).logits[0, -1]
+        expected = self._reference(self._texts[owner], path)
         SEEN["rows"] += 1
         SEEN["worst"] = max(SEEN["worst"], float((expected - row).abs().max()))
 
@@ -80,4 +88,4 @@ def seen(llm: Any, request: dict[str, Any]) -> dict[str, float]:
     return told
 
 
-__all__ = ["CheckedDrafts", "seen"]
+__all__ = ["Checked", "CheckedDrafts", "seen"]
