@@ -17,6 +17,7 @@ from vllm_specplugin.errors import ConfigError, UnsupportedError, complain
 from vllm_specplugin.vllm.log import log_as_vllm_does
 from vllm_specplugin.vllm.refusals import check_first, check_second
 from vllm_specplugin.vllm.upstream import check_version, installed_version
+from vllm_specplugin.vllm.warm_up import warm_up
 
 __all__ = ["SpecWorkerMixin", "adopt"]
 
@@ -38,6 +39,7 @@ class SpecWorkerMixin:
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
+        warm_up(self.model_runner)  # type: ignore[attr-defined]
         logger.info(describe(self.model_runner))  # type: ignore[attr-defined]
         return result
 

@@ -30,6 +30,7 @@ __all__ = [
     "Launch",
     "choose_launch",
     "interpreted",
+    "launch_for",
     "tree_attention",
     "why_unsupported",
 ]
@@ -176,8 +177,12 @@ def tree_attention(
         return out
     assert key_cache.stride(3) == value_cache.stride(3) == query.stride(2) == 1
     assert out.stride(2) == ancestors.stride(2) == 1
-    launch = launch or _launch_for(
-        query, key_cache, len(seq_lens), most, max_seq_len, block_table
+    launch = launch or launch_for(
+        query,
+        key_cache.shape[2],
+        len(seq_lens),
+        most,
+        max_seq_len or block_table.shape[1] * key_cache.shape[1],
     )
     rows = num_nodes if num_rows is None else num_rows
     where = (seq_lens, query_start_loc, num_nodes, rows)
@@ -190,15 +195,10 @@ def tree_attention(
     return out
 
 
-def _launch_for(
-    query: Tensor,
-    key_cache: Tensor,
-    requests: int,
-    max_rows: int,
-    max_seq_len: int | None,
-    block_table: Tensor,
+def launch_for(
+    query: Tensor, kv_heads: int, requests: int, max_rows: int, max_seq_len: int
 ) -> Launch:
-    kv_heads = key_cache.shape[2]
+    """:func:`choose_launch` for a query ``[tokens, heads, head_size]``."""
     return choose_launch(
         _device(query.device),
         requests=requests,
@@ -207,7 +207,7 @@ def _launch_for(
         kv_heads=kv_heads,
         head_size=query.shape[2],
         dtype=query.dtype,
-        max_seq_len=max_seq_len or block_table.shape[1] * key_cache.shape[1],
+        max_seq_len=max_seq_len,
     )
 
 
