@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import spec_drafts
+import spec_logits
 
 from vllm_specplugin.layout import StepLayout
 from vllm_specplugin.vllm import draft_lm, engine_process, runner_v1, state
@@ -116,5 +117,8 @@ if __name__ == "__main__":
             "preemptions": preemptions,
             "break_drafts": break_drafts,
             "seen": spec_drafts.seen,
+            "poison": spec_logits.poison,
+            "step_times": spec_logits.step_times,
+            "lifecycle": spec_logits.lifecycle,
         }
     )
