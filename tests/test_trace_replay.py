@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from vllm_specplugin.metrics import SpecMetrics
 from vllm_specplugin.replay import load_recording, replay
 from vllm_specplugin.trace import TraceError, TraceWriter, read_trace
 from vllm_specplugin.tune import parse_load, parse_policy, replay_command
+
+from .policies.support import outcome
 
 ENGINE = EngineInfo(vocab_size=500, max_model_len=999, max_num_seqs=8, max_nodes=8)
 PROMPT = 10
@@ -207,6 +210,30 @@ def test_what_is_no_trace_is_refused(tmp_path):
 def test_a_trace_that_cannot_be_written_stops_the_start(tmp_path):
     with pytest.raises(ConfigError, match="trace file"):
         TraceWriter(tmp_path / "no" / "t.gz", 1.0, {}, ENGINE)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("steps", [0, 1, 45])
+def test_a_disk_that_is_full_may_say_so_at_any_time(steps, caplog, monkeypatch):
+    """Buffers are written late: the header, a later step or the end may fail."""
+    flushed = gzip.GzipFile.flush
+    seen = []
+
+    def flush(self, *args):
+        seen.append(1)
+        if len(seen) > 1 or not steps:
+            flushed(self, *args)
+
+    monkeypatch.setattr(gzip.GzipFile, "flush", flush)
+    engine = EngineInfo(vocab_size=9, max_model_len=9, max_num_seqs=1, max_nodes=4)
+    writer = TraceWriter(Path("/dev/full"), 1.0, {}, engine)
+    told = outcome([1], [0], 0.01)
+    for _ in range(steps):
+        writer.step(told, np.array([[1]]), {}, None)
+    writer.close()
+    writer.close()
+    assert writer.failed
+    assert caplog.text.count("ends here") == 1
 
 
 def test_a_full_disk_ends_the_trace_and_nothing_else(tmp_path, caplog, monkeypatch):

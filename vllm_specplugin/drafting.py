@@ -101,7 +101,7 @@ class Drafter:
         views = [requests[i].view(budgets[i]) for i in wanted]
         for i, tree in zip(wanted, self._propose(views)):
             trees[i] = tree.best_chain() if requests[i].chain_only else tree
-        last = self._last = _remember(requests, wanted, Forest.of(trees))
+        last = self._last = Drafted.of(Forest.of(trees), requests, wanted)
         if len(last.forest):
             trees = self._trim(requests, last)
         self.draft_requests = len(wanted)
@@ -158,6 +158,8 @@ class Drafter:
             self._failed("policy_error", error)
         if self.trace is not None:
             self.trace.step(outcome, emitted, self._sampled, last)
+            if self.trace.failed:
+                self._metrics.failures["trace_error"] = 1
 
     def snapshot(self) -> dict[str, Any]:
         """Plain data: how good estimates are, and what policy and proposer tell."""
@@ -382,18 +384,3 @@ class Drafter:
                 kind,
                 cause,
             )
-
-
-def _remember(
-    requests: Sequence[DraftRequest], wanted: Sequence[int], forest: Forest
-) -> Drafted:
-    asked = np.zeros(len(requests), dtype=np.bool_)
-    asked[wanted] = True
-    return Drafted(
-        forest=forest,
-        place={request.req_id: i for i, request in enumerate(requests)},
-        asked=asked,
-        sampled=np.array([not r.greedy for r in requests])[forest.owner],
-        ends=np.array([r.num_tokens for r in requests], dtype=np.int64),
-        kept=np.zeros(len(forest), dtype=np.bool_),
-    )

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_specplugin.draft import EMPTY_TREE, ROOT, DraftTree
 from vllm_specplugin.draft_probs import DraftProbs
+
+if TYPE_CHECKING:
+    from vllm_specplugin.draft_request import DraftRequest
 
 __all__ = ["Drafted", "Forest", "Labels"]
 
@@ -229,6 +232,23 @@ class Drafted:
     """``[trees]`` length of the text that each tree follows."""
     kept: Bools
     """``[nodes]`` what was sent to be verified; filled in later."""
+
+    @classmethod
+    def of(
+        cls, forest: Forest, requests: Sequence[DraftRequest], wanted: Sequence[int]
+    ) -> Drafted:
+        """What was drafted for ``requests``, of which the proposer was asked for
+        those at the places ``wanted``."""
+        asked = np.zeros(len(requests), dtype=np.bool_)
+        asked[wanted] = True
+        return cls(
+            forest=forest,
+            place={request.req_id: i for i, request in enumerate(requests)},
+            asked=asked,
+            sampled=np.array([not r.greedy for r in requests])[forest.owner],
+            ends=np.array([r.num_tokens for r in requests], dtype=np.int64),
+            kept=np.zeros(len(forest), dtype=np.bool_),
+        )
 
     def telling(self) -> Bools:
         """``[nodes]`` whether the text says if the node would be accepted: of

@@ -53,7 +53,8 @@ class SpecMetrics:
     ``entropy``, ``share``."""
     failures: Counter[str] = field(default_factory=Counter)
     """Why drafts were lost: ``proposer_error``, ``malformed_tree``,
-    ``timeout``, ``policy_error``, ``scorer_error``, ``disabled``."""
+    ``timeout``, ``policy_error``, ``scorer_error``, ``disabled``; and
+    ``trace_error``, which loses none."""
 
     @property
     def acceptance_length(self) -> float:

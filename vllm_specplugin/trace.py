@@ -29,6 +29,7 @@ be read. Request ids are replaced by numbers.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import logging
@@ -76,6 +77,8 @@ class TraceWriter:
 
         self._path = path
         self._limit = int(limit_mb * 1e6)
+        self.failed = False
+        """Whether the file could not be written to its end."""
         try:
             self._raw = path.open("wb")
         except OSError as error:
@@ -144,12 +147,24 @@ class TraceWriter:
 
     def close(self) -> None:
         """Ends the file."""
-        if self._file is not None:
-            file, self._file = self._file, None
-            try:
-                file.close()
-            finally:
-                self._raw.close()
+        if self._file is None:
+            return
+        file, self._file = self._file, None
+        try:
+            file.close()
+            self._raw.close()
+        except OSError as error:
+            self._lost(error)
+
+    def _lost(self, error: OSError) -> None:
+        """Ends the file as it is. What is buffered for it cannot be written either."""
+        self.failed = True
+        logger.warning("trace %s ends here: %s", self._path, error)
+        file, self._file = self._file, None
+        for one in (file, self._raw):
+            with contextlib.suppress(OSError):
+                if one is not None:
+                    one.close()
 
     def _trees(self, drafted: Drafted) -> Iterator[list[Any]]:
         forest = drafted.forest
@@ -185,9 +200,7 @@ class TraceWriter:
                 )
                 self.close()
         except OSError as error:
-            logger.warning("trace %s ends here: %s", self._path, error)
-            self._file = None
-            self._raw.close()
+            self._lost(error)
 
 
 def read_trace(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import spec_drafts
+import spec_logits
 
 from vllm_specplugin.layout import StepLayout
 from vllm_specplugin.vllm import (
@@ -174,5 +175,8 @@ if __name__ == "__main__":
             "break_drafts": break_drafts,
             "break_heads": break_heads,
             "seen": spec_drafts.seen,
+            "poison": spec_logits.poison,
+            "step_times": spec_logits.step_times,
+            "lifecycle": spec_logits.lifecycle,
         }
     )

@@ -87,6 +87,14 @@ class Switch:
                 return DraftTree([5], [3])
             case "too_many":
                 return DraftTree([5] * (n + 1), [-1] * (n + 1))
+            case "no_list":
+                return None  # type: ignore[return-value]
+            case "not_finite":
+                return DraftTree([5, 6], [-1, 0], [np.nan, np.inf])
+            case "memory":
+                raise MemoryError("the store is full")
+            case "exit":
+                raise KeyError("a key that is not there")
             case "vocabulary":
                 return DraftTree([self._engine.vocab_size], [-1])
             case "not_a_tree":
@@ -95,6 +103,9 @@ class Switch:
                 if not self._slept:  # longer than the engines' limit, but once
                     time.sleep(3.2)
                     self._slept = True
+                return DraftTree([5], [-1])
+            case "ten_times":
+                time.sleep(0.05)
                 return DraftTree([5], [-1])
             case "drawn":
                 return self._drawn(request, n)
