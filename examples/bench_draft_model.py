@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,16 @@ def measure(
     args: argparse.Namespace,
     running: dict[str, EngineProcess],
     ours: dict[str, dict[str, Any]],
+    engine_of: Callable[[str], str] = lambda _: "plugin",
 ) -> dict[str, Any]:
-    """Runs all engines and all variants of the plugin's in turn."""
+    """Runs all engines and all variants of the plugin's in turn.
+
+    Args:
+        args: of the command line.
+        running: engines by name.
+        ours: settings of the plugin by variant.
+        engine_of: the engine that a variant runs on.
+    """
     small = model_path("target")
     speeds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     stats: dict[str, dict[str, Any]] = defaultdict(dict)
@@ -77,7 +86,8 @@ def measure(
     cells = [
         (n, t, b) for b in args.batch for n in args.workloads for t in args.temperatures
     ]
-    variants = [n for n in running if n != "plugin"] + list(ours)
+    shared = {engine_of(name) for name in ours}
+    variants = [n for n in running if n not in shared] + list(ours)
     try:
         bar = tqdm(total=(args.rounds + 1) * len(cells) * len(variants))
         for number in range(-1, args.rounds):  # the first round warms up
@@ -88,7 +98,7 @@ def measure(
                 cell, texts = f"{name} T={t:g} batch {batch}", {}
                 turn = number % len(variants)
                 for variant in variants[turn:] + variants[:turn]:
-                    engine = running["plugin" if variant in ours else variant]
+                    engine = running[engine_of(variant) if variant in ours else variant]
                     generate(engine, work, batch, 1)  # fills the prefix cache
                     if variant in ours:
                         engine.ask("reset", changes=ours[variant])

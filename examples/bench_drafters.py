@@ -21,6 +21,7 @@ from bench_policies import ENGINE, PLAIN, generate
 from tqdm import tqdm
 
 from vllm_specplugin.demo.inflate import inflated_model
+from vllm_specplugin.demo.inflate_eagle import inflated_eagle
 from vllm_specplugin.demo.inflate_heads import inflated_heads
 from vllm_specplugin.demo.models import model_path
 from vllm_specplugin.demo.provenance import provenance
@@ -30,14 +31,16 @@ from vllm_specplugin.engines import EngineProcess
 SHARED = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """For runs in which time does not matter: leaves the machine to others."""
 DRAFT = {"model": str(model_path("draft"))}
+ON_HEAD = "plugin, eagle"
+"""The engine that has an EAGLE head in the draft model's place."""
 
 
-def drafters(heads: Path) -> dict[str, dict[str, Any]]:
+def drafters(heads: Path, head: Path) -> dict[str, dict[str, Any]]:
     """Name to proposer and its options."""
-    medusa = {"model": str(heads)}
+    medusa, eagle = {"model": str(heads)}, {"model": str(head)}
 
     def fused(*members: str) -> dict[str, Any]:
-        known = {"draft_model": DRAFT, "medusa": medusa}
+        known = {"draft_model": DRAFT, "medusa": medusa, "eagle": eagle}
         options = {name: known[name] for name in members if name in known}
         return {"proposer": "fused",
                 "options": {"members": members, "member_options": options}}  # fmt: skip
@@ -49,10 +52,16 @@ def drafters(heads: Path) -> dict[str, dict[str, Any]]:
         "token_recycling": {"proposer": "token_recycling", "options": {}},
         "medusa": {"proposer": "medusa", "options": medusa},
         "draft_model": {"proposer": "draft_model", "options": DRAFT},
+        "eagle": {"proposer": "eagle", "options": eagle},
         "fused suffix+recycling": fused("suffix", "token_recycling"),
         "fused suffix+medusa": fused("suffix", "medusa"),
         "fused suffix+draft_model": fused("suffix", "draft_model"),
+        "fused suffix+eagle": fused("suffix", "eagle"),
     }
+
+
+def engine_of(variant: str) -> str:
+    return ON_HEAD if "eagle" in variant else "plugin"
 
 
 def settings(chosen: dict[str, Any], policy: str, **more: Any) -> dict[str, Any]:
@@ -63,14 +72,18 @@ def settings(chosen: dict[str, Any], policy: str, **more: Any) -> dict[str, Any]
 
 
 def start(
-    name: str, model: str, speculate: bool, eager: bool, **environment: str
+    name: str, model: str, head: Path, eager: bool, **environment: str
 ) -> EngineProcess:
-    """One engine; with the plugin also the draft model is loaded."""
-    own = {"proposer": "draft_model", "options": {"proposer": DRAFT}}
+    """One engine; with the plugin also the draft model or the head is loaded."""
+    loaded = {
+        PLAIN: None,
+        "plugin": {"proposer": "draft_model", "options": {"proposer": DRAFT}},
+        ON_HEAD: {"proposer": "eagle", "options": {"proposer": {"model": str(head)}}},
+    }
     made = {
         "model": model,
         "engine": {**ENGINE, "enforce_eager": eager},
-        "speculate": own if speculate else None,
+        "speculate": loaded[name],
     }
     environment["VLLM_CPU_KVCACHE_SPACE"] = "2"
     return EngineProcess(name, made, environment=environment)
@@ -78,17 +91,16 @@ def start(
 
 def speed(args: Any) -> dict[str, Any]:
     small = model_path("target")
-    large = str(inflated_model(small))
+    large, head = str(inflated_model(small)), inflated_eagle(args.eagle, small)
+    known = drafters(inflated_heads(args.heads, small), head)
     variants = {
         name: settings(chosen, args.policy)
-        for name, chosen in drafters(inflated_heads(args.heads, small)).items()
+        for name, chosen in known.items()
         if args.only is None or name in {"no drafts", *args.only}
     }
-    running = {
-        PLAIN: start(PLAIN, large, False, args.eager),
-        "plugin": start("plugin", large, True, args.eager),
-    }
-    return measure(args, running, variants)
+    names = sorted({engine_of(name) for name in variants})
+    running = {name: start(name, large, head, args.eager) for name in [PLAIN, *names]}
+    return measure(args, running, variants, engine_of)
 
 
 def acceptance(args: Any) -> dict[str, Any]:
@@ -96,43 +108,61 @@ def acceptance(args: Any) -> dict[str, Any]:
     found: dict[str, dict[str, float]] = {}
     chosen = {
         name: made
-        for name, made in drafters(args.heads).items()
+        for name, made in drafters(args.heads, args.eagle).items()
         if name != "no drafts" and (args.only is None or name in args.only)
     }
+    cells = len(args.batch) * len(args.workloads) * len(args.temperatures)
+    bar = tqdm(total=cells * len(chosen) * len(policies_of(args)))
+    for which in sorted({engine_of(name) for name in chosen}):
+        here = {name: made for name, made in chosen.items() if engine_of(name) == which}
+        with start(which, str(small), args.eagle, args.eager, **SHARED) as engine:
+            accept(args, engine, here, found, bar)
+    bar.close()
+    return {"provenance": provenance(plain(args)), "tokens_per_request_step": found}
+
+
+def accept(
+    args: Any,
+    engine: EngineProcess,
+    chosen: dict[str, dict[str, Any]],
+    found: dict[str, dict[str, float]],
+    bar: Any,
+) -> None:
+    """Counts for some proposers on one engine, into ``found`` by cell and name."""
+    small = model_path("target")
     cells = [
         (n, t, b) for b in args.batch for n in args.workloads for t in args.temperatures
     ]
-    policies = ["fixed"] + ["shadow"] * bool(args.traces)
-    with (
-        start("plugin", str(small), True, args.eager, **SHARED) as engine,
-        tqdm(total=len(cells) * len(chosen) * len(policies)) as bar,
-    ):
-        for name, t, batch in cells:
-            work = workload(name, small, args.prompts, 128, temperature=t, seed=3)
-            for variant, made in chosen.items():
-                for policy in policies:
-                    more = {}
-                    if policy == "shadow":
-                        file = f"{variant}-{name}-{t:g}-{batch}.trace".replace(" ", "_")
-                        more = {"trace": str(args.traces / file)}
-                    engine.ask("reset", changes=settings(made, policy, **more))
-                    generate(engine, work, batch, args.max_tokens)
-                    told = engine.ask("stats")
-                    if policy == "fixed":
-                        cell = f"{name} T={t:g} batch {batch}"
-                        rate = told["tokens_per_request_step"]
-                        found.setdefault(cell, {})[variant] = rate
-                        if told["failures"]:
-                            print(cell, variant, told["failures"])
-                    bar.update()
-        engine.ask("reset", changes={"trace": ""})  # ends the last trace
-    return {"provenance": provenance(plain(args)), "tokens_per_request_step": found}
+    for name, t, batch in cells:
+        work = workload(name, small, args.prompts, 128, temperature=t, seed=3)
+        for variant, made in chosen.items():
+            for policy in policies_of(args):
+                more = {}
+                if policy == "shadow":
+                    file = f"{variant}-{name}-{t:g}-{batch}.trace".replace(" ", "_")
+                    more = {"trace": str(args.traces / file)}
+                engine.ask("reset", changes=settings(made, policy, **more))
+                generate(engine, work, batch, args.max_tokens)
+                told = engine.ask("stats")
+                if policy == "fixed":
+                    cell = f"{name} T={t:g} batch {batch}"
+                    rate = told["tokens_per_request_step"]
+                    found.setdefault(cell, {})[variant] = rate
+                    if told["failures"]:
+                        print(cell, variant, told["failures"])
+                bar.update()
+    engine.ask("reset", changes={"trace": ""})  # ends the last trace
+
+
+def policies_of(args: Any) -> list[str]:
+    return ["fixed"] + ["shadow"] * bool(args.traces)
 
 
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("what", choices=["speed", "acceptance"])
     parser.add_argument("--heads", type=Path, default=model_path("medusa"))
+    parser.add_argument("--eagle", type=Path, default=model_path("eagle"))
     parser.add_argument("--only", nargs="*", help="names of proposers")
     parser.add_argument("--policy", default="goodput", help="of speed")
     parser.add_argument("--prompts", type=int, default=32, help="of acceptance")

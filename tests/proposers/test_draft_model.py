@@ -184,9 +184,19 @@ def test_unlikely_nodes_are_left_out():
     assert len(tree) and (tree.survival >= 0.2 - 1e-6).all()
 
 
-def test_a_model_has_to_be_named():
-    factory, options = resolve(SpecConfig(proposer="draft_model"), "proposer")
-    with pytest.raises(ConfigError, match=r"without a model.*a path or hub id"):
+@pytest.mark.parametrize("name", ["draft_model", "eagle", "eagle3"])
+def test_a_model_has_to_be_named(name):
+    factory, options = resolve(SpecConfig(proposer=name), "proposer")
+    with pytest.raises(ConfigError, match=f"'{name}' without a model.*a path or hub"):
+        factory.speculative(options)
+
+
+def test_mtp_comes_with_the_target():
+    factory, options = resolve(SpecConfig(proposer="mtp"), "proposer")
+    assert factory.speculative(options) == {"method": "mtp", "driven": True}
+    config = SpecConfig(proposer="mtp", options={"proposer": {"model": "m"}})
+    factory, options = resolve(config, "proposer")
+    with pytest.raises(ConfigError, match=r"'mtp' with model 'm'.*leave it out"):
         factory.speculative(options)
 
 

@@ -10,7 +10,7 @@ import torch
 from vllm_specplugin import UnsupportedError
 from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.vllm.device_side import DeviceSide
-from vllm_specplugin.vllm.refusals import check_first, check_second
+from vllm_specplugin.vllm.refusals import check_first, check_head, check_second
 from vllm_specplugin.vllm.runner_v2 import TreeRunnerV2, reads_drafts
 from vllm_specplugin.vllm.why_chains import why_chains
 from vllm_specplugin.vllm.worker import describe
@@ -146,6 +146,37 @@ def test_flashinfer_is_used_where_it_is_asked_for(kernel, monkeypatch):
     runner.spec = SimpleNamespace(config=SpecConfig(tree_kernel=kernel))
     assert why_chains(runner, frozenset()) is None
     assert asked == ([{"a": layer}] if kernel == "flashinfer" else [])
+
+
+def with_head(method, **head):
+    return SimpleNamespace(
+        speculative_config=SimpleNamespace(
+            method=method,
+            model="head",
+            draft_model_config=SimpleNamespace(
+                hf_config=SimpleNamespace(**{"hidden_size": 8, "vocab_size": 30} | head)
+            ),
+        ),
+        model_config=SimpleNamespace(
+            model="target", get_hidden_size=lambda: 8, get_vocab_size=lambda: 30
+        ),
+    )
+
+
+@pytest.mark.parametrize("method", ["eagle", "eagle3"])
+def test_a_head_of_another_target_is_refused(method):
+    check_head(with_head(method))
+    check_head(SimpleNamespace(speculative_config=None))
+    check_head(with_head("draft_model", hidden_size=4))
+    for wrong, message in (
+        ({"hidden_size": 4}, "with hidden size 4: expected hidden size 8"),
+        ({"vocab_size": 31}, "with vocabulary 31: expected vocabulary 30"),
+    ):
+        with pytest.raises(UnsupportedError, match=f"{method} head.*{message}"):
+            check_head(with_head(method, **wrong))
+    # EAGLE-3 heads may be of another width than the target.
+    narrow = with_head("eagle3", hidden_size=4, target_hidden_size=8)
+    check_head(narrow)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ class PagedHead(PagedDraftModel):
             features = hidden[where]
         else:
             features = torch.cat([one[where] for one in aux], dim=-1)
-        if hasattr(self._drafter.model, "combine_hidden_states"):
+        if self._drafter.method == "eagle3":
             features = self._drafter.model.combine_hidden_states(features)
         self._drafter.hidden_states[self._used : self._used + count] = features
         self._used += count

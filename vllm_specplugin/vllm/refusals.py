@@ -7,7 +7,7 @@ from typing import Any
 from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.errors import UnsupportedError, complain
 
-__all__ = ["check_first", "check_second"]
+__all__ = ["check_first", "check_head", "check_second"]
 
 _FIRST = "or use vLLM's first model runner: VLLM_USE_V2_MODEL_RUNNER=0"
 
@@ -83,5 +83,30 @@ def check_second(runner: Any, config: SpecConfig) -> None:
                     f"{wrong} on vLLM's second model runner",
                     "none of it: trees are laid out by one rank, in vLLM's samplers",
                     f"switch it off, {_FIRST}",
+                )
+            )
+
+
+def check_head(runner: Any) -> None:
+    """Raises :class:`UnsupportedError` for a head (EAGLE, EAGLE-3) that was made for
+    another target, before its weights are loaded."""
+    speculative = runner.speculative_config
+    if speculative is None or speculative.method not in ("eagle", "eagle3"):
+        return
+    head, target = speculative.draft_model_config.hf_config, runner.model_config
+    reads = head.hidden_size
+    if speculative.method == "eagle3":
+        reads = getattr(head, "target_hidden_size", None) or reads
+    for what, found, expected in (
+        ("hidden size", reads, target.get_hidden_size()),
+        ("vocabulary", head.vocab_size, target.get_vocab_size()),
+    ):
+        if found != expected:
+            raise UnsupportedError(
+                complain(
+                    f"{speculative.method} head {speculative.model} for a target "
+                    f"with {what} {found}",
+                    f"{what} {expected}, as the target {target.model} has",
+                    "name a head that was made for this target",
                 )
             )

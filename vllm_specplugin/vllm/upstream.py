@@ -112,6 +112,11 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
     f"{_RUNNER}.initialize_kv_cache": None,
     # heads on hidden states: those that come fourth to propose_draft_token_ids
     "vllm.config:ModelConfig.get_hidden_size": ("self",),
+    # heads with caches: what they read of several layers, and that a cached prefix
+    # ends a block early
+    "vllm.model_executor.models.llama_eagle3:Eagle3LlamaForCausalLM"
+    ".combine_hidden_states": ("self", "hidden_states"),
+    "vllm.config:SpeculativeConfig.use_eagle_block_drop": ("self",),
     # sampling
     "vllm.v1.sample.sampler:Sampler.apply_logits_processors": (
         "self",

@@ -15,7 +15,7 @@ from vllm_specplugin import __version__
 from vllm_specplugin.config import CONFIG_KEY, SpecConfig
 from vllm_specplugin.errors import ConfigError, UnsupportedError, complain
 from vllm_specplugin.vllm.log import log_as_vllm_does
-from vllm_specplugin.vllm.refusals import check_first, check_second
+from vllm_specplugin.vllm.refusals import check_first, check_head, check_second
 from vllm_specplugin.vllm.upstream import check_version, installed_version
 from vllm_specplugin.vllm.warm_up import warm_up
 
@@ -112,6 +112,7 @@ def adopt(runner: Any, config: SpecConfig) -> None:
                 "drop --spec-proposer for this model",
             )
         )
+    check_head(runner)
     ours: type
     if isinstance(runner, First):
         check_first(runner, config)
