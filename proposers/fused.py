@@ -139,6 +139,7 @@ class FusedProposer:
             for name, factory, options in _resolve(config)
         ]
         self.native = any(getattr(m.proposer, "native", False) for m in self._members)
+        self.couples = any(getattr(m.proposer, "couples", False) for m in self._members)
         self._agreed = Calibration()
         self._past: dict[str, _Past] = {}
 

@@ -133,9 +133,11 @@ class NativeModel(NativeProposer):
     def __init__(self, config: Config, engine: EngineInfo) -> None:
         super().__init__(config, engine)
         drawn = _drawn(config)
-        self._coupled = config.coupling == "on" or (
+        self.couples = config.coupling == "on" or (
             config.coupling == "auto" and not drawn
         )
+        """Whether drafts are chosen with the noise of the request. vLLM's second
+        runner does that in its own sampler, and has no use for ``steer``."""
 
     @classmethod
     def speculative(cls, config: NativeProposer.Config) -> Mapping[str, Any]:
@@ -153,7 +155,7 @@ class NativeModel(NativeProposer):
         return super().speculative(config)
 
     def _steer(self, views: Sequence[RequestView]) -> Steer | None:
-        if not self._coupled or all(view.temperature == 0 for view in views):
+        if not self.couples or all(view.temperature == 0 for view in views):
             return None
         owners = np.arange(len(views))
         return lambda logits, depth: couple(logits, views, owners, depth, self._noise)

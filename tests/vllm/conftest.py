@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ import pytest
 from vllm_specplugin import SCORERS
 from vllm_specplugin.engines import EngineProcess
 
+from .prompts import TARGET, code_prompts
+
 HERE = Path(__file__).parent
-TARGET = HERE.parents[1] / "examples" / "models" / "target"
 MAX_NODES = 12
 
 _BASE = {
@@ -158,12 +158,5 @@ def engine() -> Iterator[Callable[[str], Engine]]:
 def prompts() -> list[list[int]]:
     """Eight prompts of code-like tokens whose lengths differ, some shorter than
     a draft, one of exactly 1 + max_nodes tokens, two with a common prefix."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(TARGET)
-    source = Path(random.__file__).read_text()
-    ids = tokenizer.encode(source)
-    lengths = [1, MAX_NODES, MAX_NODES + 1, 32, 33, 100, 201, 150]
-    chosen = [ids[i * 211 : i * 211 + n] for i, n in enumerate(lengths)]
-    chosen[-1] = chosen[-2][:128] + ids[5000:5030]
-    return chosen
+    lengths = [1, MAX_NODES, MAX_NODES + 1, 32, 33, 100, 201, 158]
+    return code_prompts(lengths, shared=128, after=5000)

@@ -113,19 +113,6 @@ def test_full_graphs_want_the_second_runner():
         check_first(SimpleNamespace(use_async_scheduling=False), graphs)
 
 
-@pytest.mark.parametrize("coupling", ["on", "off", "auto"])
-def test_vllms_drafters_are_not_coupled_on_the_second_runner(coupling):
-    config = SpecConfig(
-        proposer="vllm:draft_model", options={"proposer": {"coupling": coupling}}
-    )
-    check_first(SimpleNamespace(use_async_scheduling=False), config)
-    if coupling != "on":
-        check_second(second(), config)
-        return
-    with pytest.raises(UnsupportedError, match=r"coupling='on' for 'vllm:draft_model'"):
-        check_second(second(), config)
-
-
 def test_flashinfer_wants_synchronous_scheduling():
     flashinfer = SpecConfig(tree_kernel="flashinfer")
     check_second(second(scheduler_config__async_scheduling=False), flashinfer)

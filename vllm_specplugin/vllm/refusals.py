@@ -52,14 +52,6 @@ def check_second(runner: Any, config: SpecConfig) -> None:
                 "drop it from the proposer's 'engine' and choose --spec-scorer",
             )
         )
-    if config.options.get("proposer", {}).get("coupling") == "on":
-        raise UnsupportedError(
-            complain(
-                f"coupling='on' for {config.proposer!r} on vLLM's second model runner",
-                "coupling='auto': its logits do not leave vLLM's kernels there",
-                f"leave it out, {_FIRST}",
-            )
-        )
     if config.tree_kernel == "flashinfer" and runner.scheduler_config.async_scheduling:
         raise UnsupportedError(
             complain(
@@ -68,8 +60,20 @@ def check_second(runner: Any, config: SpecConfig) -> None:
                 "drop --async-scheduling, or leave tree_kernel out",
             )
         )
+    if parallel.pipeline_parallel_size > 1:
+        # Other stages get drafts as flat lists, without the trees' shapes. And with
+        # several batches in flight vLLM 0.32 gives drafts made on the host to its
+        # scheduler before the tokens in front of them (EngineCore.post_step after
+        # step_with_batch_queue), which then schedules the drafts without a root.
+        raise UnsupportedError(
+            complain(
+                "pipeline parallelism on vLLM's second model runner",
+                "one stage: only the last one knows trees, and its drafts reach "
+                "vLLM's scheduler before the tokens they follow",
+                f"use tensor parallelism instead, {_FIRST}, which verifies chains",
+            )
+        )
     for found, wrong in (
-        (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),
         (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),
         (parallel.enable_batch_sharded_sampling, "batch-sharded sampling"),
         (runner.vllm_config.watermark_config is not None, "watermarking"),

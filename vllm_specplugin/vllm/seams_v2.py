@@ -133,4 +133,20 @@ SECOND_RUNNER: dict[str, tuple[str, ...] | None] = {
         "temperature",
         "seeds",
     ),
+    f"{_GPU}.spec_decode.speculator:DraftModelSpeculator.sample_draft": (
+        "self",
+        "hidden_states",
+        "sample_src_positions",
+        "idx_mapping",
+        "temperature",
+        "seeds",
+        "draft_step",
+        "draft_logits",
+        "spec_step_idx",
+    ),
+    f"{_GPU}.spec_decode.speculator:DraftModelSpeculator.compute_draft_logits": (
+        "self",
+        "hidden_states",
+        "spec_step_idx",
+    ),
 }

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
 from vllm_specplugin.interfaces import Steer
 
@@ -57,6 +58,46 @@ class TreeSpeculator:
         )
         return drafts
 
+    def sample_draft(
+        self,
+        hidden_states: torch.Tensor,
+        sample_src_positions: torch.Tensor,
+        idx_mapping: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        draft_step: torch.Tensor,
+        draft_logits: torch.Tensor | None,
+        spec_step_idx: int = 0,
+    ) -> torch.Tensor:
+        """``[requests]`` one step's tokens. Where drafts are not drawn they are chosen
+        as the target chooses: with its noise, which vLLM's sampler takes unless it is
+        told that it drafts."""
+        spec = self.spec_runner.spec
+        if draft_logits is not None or not spec.couples_native:
+            taken: torch.Tensor = super().sample_draft(  # type: ignore[misc]
+                hidden_states,
+                sample_src_positions,
+                idx_mapping,
+                temperature,
+                seeds,
+                draft_step,
+                draft_logits,
+                spec_step_idx,
+            )
+            return taken
+        drafter: Any = self
+        chosen: torch.Tensor = gumbel_sample(
+            drafter.compute_draft_logits(hidden_states, spec_step_idx),
+            idx_mapping,
+            temperature,
+            seeds,
+            sample_src_positions,
+            apply_temperature=True,
+            is_drafting=False,
+            use_fp64=drafter.use_fp64_gumbel,
+        )
+        return chosen
+
 
 class NativeDraftsV2:
     """What vLLM's drafter made in this step; see
@@ -93,7 +134,7 @@ class _Some:
     def draft(
         self, length: int, steer: Steer | None = None
     ) -> tuple[Sequence[Sequence[int]], torch.Tensor | None]:
-        del steer  # its logits do not leave its own kernels
+        del steer  # see TreeSpeculator.sample_draft
         drafts = self._drafts
         tokens = [drafts._tokens[i][:length] for i in self._indices]
         if drafts._logits is None:

@@ -80,6 +80,8 @@ class SpecState:
         self.draft_model: PagedDraftModel | None = None
         """Beside the runner from the time its caches exist, if it has one."""
         self.follows_native = bool(getattr(proposer, "native", False))
+        self.couples_native = bool(getattr(proposer, "couples", False))
+        """Whether vLLM's drafter is to choose with the requests' noise."""
         self.native: NativeCall | NativeDraftsV2 | None = None
         """The call of vLLM's drafter that is due in this step."""
         self.emitted_from = np.zeros(0, dtype=np.int32)

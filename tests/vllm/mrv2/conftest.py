@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ import pytest
 from vllm_specplugin import SCORERS
 from vllm_specplugin.engines import EngineProcess
 
+from ..prompts import MODELS, code_prompts
+
 TESTS = Path(__file__).parents[2]
-MODELS = TESTS.parent / "examples" / "models"
 MAX_NODES = 6
 MAX_MODEL_LEN = 160
 
@@ -115,14 +115,8 @@ def engine() -> Iterator[Callable[[str], EngineProcess]]:
 def prompts() -> list[list[int]]:
     """Code-like prompts: the shortest, one as long as a root and its nodes, two that
     outgrow their blocks at once, and one that shares a prefix with another."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(MODELS / "target")
-    ids = tokenizer.encode(Path(random.__file__).read_text()[:20_000])
     lengths = [1, MAX_NODES + 1, 31, 95, 119]
-    chosen = [ids[i * 211 : i * 211 + n] for i, n in enumerate(lengths)]
-    chosen[-1] = chosen[-2][:64] + ids[2000:2055]
-    return chosen
+    return code_prompts(lengths, shared=64, after=2000)
 
 
 def ask(

@@ -99,3 +99,25 @@ def test_vllms_own_drafter_under_our_scorers(engine: Get, prompts: Any) -> None:
     after = one.ask("stats")
     assert after["failures"] == {}
     assert after["accepted"] > stats["accepted"]
+
+
+def test_vllms_drafter_guesses_with_the_noise_of_the_request(
+    engine: Get, prompts: Any
+) -> None:
+    """vLLM's own text in any case; more of the drafts are right."""
+    one, some = engine("native"), [prompts[1], prompts[2], prompts[3], prompts[2]]
+    warm = [{"temperature": t, "max_tokens": 12} for t in (1.0, 1.0, 1.0, 0.7)]
+    expected = texts(ask(engine("vllm"), some, warm))
+    shares = {}
+    for how in ("choose", "couple"):
+        before = one.ask("stats")
+        one.ask("native", how=how)
+        try:
+            assert texts(ask(one, some, warm)) == expected
+        finally:
+            one.ask("native", how="draw")
+        after = one.ask("stats")
+        assert after["failures"] == before["failures"]
+        accepted, nodes = (after[k] - before[k] for k in ("accepted", "nodes"))
+        shares[how] = accepted / nodes
+    assert shares["couple"] > 1.3 * shares["choose"]

@@ -80,6 +80,20 @@ def runner(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def native(llm: Any, request: dict[str, Any]) -> None:
+    """Has vLLM's drafter choose, with the requests' noise or without, or draw."""
+    core = llm.llm_engine.engine_core.engine_core
+    runner = core.model_executor.driver_worker.worker.model_runner
+    how, speculator = request["how"], runner.speculator
+    if how != "draw":
+        drawing.setdefault("logits", speculator.draft_logits)
+    speculator.draft_logits = drawing["logits"] if how == "draw" else None
+    runner.spec.couples_native = how == "couple"
+
+
+drawing: dict[str, Any] = {}
+
+
 if __name__ == "__main__":
     engine_process.main(
         {
@@ -87,6 +101,7 @@ if __name__ == "__main__":
             "break": break_part,
             "cached": cached,
             "device": spec_devices.use,
+            "native": native,
             "preemptions": preemptions,
             "runner": runner,
         }
