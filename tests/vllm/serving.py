@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -65,12 +66,18 @@ class Server:
     def __exit__(self, *exc: object) -> None:
         self._end(signal.SIGTERM)
 
+    @property
+    def pid(self) -> int:
+        """Of the server, and of its group."""
+        return self._process.pid
+
     def log(self) -> str:
         """What it has printed so far."""
         return self._log.read_text()
 
     def _end(self, how: signal.Signals) -> None:
-        os.killpg(self._process.pid, how)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(self._process.pid, how)
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
