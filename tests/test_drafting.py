@@ -272,3 +272,37 @@ def test_drawn_trees_keep_their_distributions_and_their_order():
     first.draft_probs.check(first.parents)
     assert second.tokens.tolist() == [2]
     assert second.draft_probs is None
+
+
+class Slow(Policy):
+    def __init__(self, times, wait):
+        super().__init__()
+        self._times, self._wait = times, wait
+
+    def trim(self, ctx):
+        self._times[0] += self._wait
+        return super().trim(ctx)
+
+
+def test_a_slow_policy_costs_the_drafts_and_is_switched_off():
+    times = [0.0]
+    made, metrics = drafter(
+        {"a": GOOD},
+        Slow(times, 1.0),
+        clock=lambda: times[0],
+        draft_timeout_ms=100.0,
+        max_failures=3,
+    )
+    for _ in range(5):
+        assert tokens(made.draft([request("a")])) == [[]]
+    assert metrics.failures == {"timeout": 3, "disabled": 1}
+    made, metrics = drafter({"a": GOOD}, Slow(times, 0.05), clock=lambda: times[0])
+    assert tokens(made.draft([request("a")])) == [[2, 1]]
+    assert not metrics.failures
+
+
+def test_a_policy_that_keeps_failing_after_good_drafts_is_switched_off():
+    made, metrics = drafter({"a": GOOD}, Policy(keep=ValueError("no")), max_failures=3)
+    for _ in range(5):
+        made.draft([request("a")])
+    assert metrics.failures == {"policy_error": 3, "disabled": 1}

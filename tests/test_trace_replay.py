@@ -212,6 +212,27 @@ def test_a_trace_that_cannot_be_written_stops_the_start(tmp_path):
         TraceWriter(tmp_path / "no" / "t.gz", 1.0, {}, ENGINE)
 
 
+def test_a_damaged_trace_is_read_in_part_or_refused(tmp_path):
+    path, rng = tmp_path / "t.gz", np.random.default_rng(0)
+    record(path, "fixed")
+    packed = path.read_bytes()
+    text = gzip.decompress(packed)
+    refused = 0
+    for i in range(120):
+        whole = bytearray(text if i % 3 else packed)
+        if i % 2:
+            whole = whole[: int(rng.integers(len(whole)))]
+        else:
+            at = int(rng.integers(min(len(whole), 2000)))
+            whole[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(gzip.compress(bytes(whole)) if i % 3 else bytes(whole))
+        try:
+            load_recording([path])
+        except TraceError as error:
+            refused += "To fix it" in str(error)
+    assert 10 < refused < 110
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 @pytest.mark.parametrize("steps", [0, 1, 45])
 def test_a_disk_that_is_full_may_say_so_at_any_time(steps, caplog, monkeypatch):

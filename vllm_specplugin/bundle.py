@@ -32,7 +32,7 @@ from vllm_specplugin.redaction import (
     log_lines,
     steps,
 )
-from vllm_specplugin.trace import read_trace
+from vllm_specplugin.trace import read_trace, reads_traces
 
 __all__ = ["write_bundle"]
 
@@ -130,10 +130,7 @@ def _gather(
         "doctor.txt": "".join(f"{_short_paths(line)}\n" for line in findings),
     }
     if trace is not None:
-        header, recorded = read_trace(trace)
-        parts["configuration.json"] = _json(configuration(header.get("config", {})))
-        kept = steps(recorded[-_STEPS:])
-        parts["trace.jsonl"] = "".join(f"{json.dumps(one)}\n" for one in kept)
+        parts |= _trace(trace)
     if url is not None:
         status = _status(url)
         parts["configuration.json"] = _json(
@@ -143,6 +140,17 @@ def _gather(
     if text := "".join(f"{line}\n" for log in logs for line in _log(log)):
         parts["log.txt"] = text
     return parts
+
+
+@reads_traces
+def _trace(path: Path) -> dict[str, str]:
+    header, recorded = read_trace(path)
+    return {
+        "configuration.json": _json(configuration(header.get("config", {}))),
+        "trace.jsonl": "".join(
+            f"{json.dumps(one)}\n" for one in steps(recorded[-_STEPS:])
+        ),
+    }
 
 
 def _private_words(environ: Mapping[str, str]) -> set[str]:

@@ -73,6 +73,8 @@ class Drafter:
         self._metrics = metrics
         self._clock = clock
         self._failures_in_row = 0
+        self._failed_since = False
+        self._propose_seconds = 0.0
         self._logged: set[str] = set()
         self._last: Drafted | None = None
         self.calibration = Calibration()
@@ -93,11 +95,11 @@ class Drafter:
             return trees
         if self.trace is not None:
             self._sampled = {r.req_id: not r.greedy for r in requests}
+        started, self._propose_seconds = self._clock(), 0.0
         budgets = self._budgets(requests)
         wanted = [i for i, n in enumerate(budgets) if n > 0]
         if not wanted:
             return trees
-        started = self._clock()
         views = [requests[i].view(budgets[i]) for i in wanted]
         for i, tree in zip(wanted, self._propose(views)):
             trees[i] = tree.best_chain() if requests[i].chain_only else tree
@@ -106,6 +108,14 @@ class Drafter:
             trees = self._trim(requests, last)
         self.draft_requests = len(wanted)
         self.draft_seconds = self._clock() - started
+        choosing = self.draft_seconds - self._propose_seconds
+        if not self._in_time("a policy", choosing):
+            last.kept[:] = False
+            trees = [EMPTY_TREE] * len(requests)
+        # In a row are failures with no draft between them that went well.
+        if not self._failed_since:
+            self._failures_in_row = 0
+        self._failed_since = False
         return trees
 
     def release(self, req_ids: Sequence[str]) -> None:
@@ -243,21 +253,22 @@ class Drafter:
         seconds = self._clock() - started
         metrics.propose_calls += 1
         metrics.propose_seconds += seconds
-        if seconds * 1e3 > self._config.draft_timeout_ms:
-            self._failed(
-                "timeout",
-                TimeoutError(
-                    complain(
-                        f"a proposer call took {seconds * 1e3:.1f} ms",
-                        f"at most {self._config.draft_timeout_ms} ms",
-                        "raise draft_timeout_ms or use a faster proposer",
-                    )
-                ),
-            )
+        self._propose_seconds = seconds
+        if not self._in_time("a proposer", seconds):
             return [EMPTY_TREE] * len(views)
-        if all(tree is not None for tree in drafted):
-            self._failures_in_row = 0
         return [EMPTY_TREE if tree is None else tree for tree in drafted]
+
+    def _in_time(self, what: str, seconds: float) -> bool:
+        allowed = self._config.draft_timeout_ms
+        if seconds * 1e3 <= allowed:
+            return True
+        message = complain(
+            f"{what} took {seconds * 1e3:.1f} ms",
+            f"at most {allowed} ms",
+            "raise draft_timeout_ms or use a faster one",
+        )
+        self._failed("timeout", TimeoutError(message))
+        return False
 
     def _shown(self, views: list[RequestView]) -> ProposeContext:
         return self._context(
@@ -367,6 +378,7 @@ class Drafter:
     def _failed(self, kind: str, error: Exception) -> None:
         self._metrics.failures[kind] += 1
         self._failures_in_row += 1
+        self._failed_since = True
         cause = f"{type(error).__name__}: {error}"
         if kind not in self._logged:
             self._logged.add(kind)

@@ -31,7 +31,7 @@ from vllm_specplugin.interfaces import (
 )
 from vllm_specplugin.metrics import SpecMetrics
 from vllm_specplugin.steptime import StepShape, StepTimeModel
-from vllm_specplugin.trace import TraceError, read_trace
+from vllm_specplugin.trace import TraceError, read_trace, reads_traces
 
 __all__ = ["Recording", "Replayed", "load_recording", "policy_config", "replay"]
 
@@ -91,6 +91,7 @@ class Replayed:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
+@reads_traces
 def load_recording(paths: Sequence[Path]) -> Recording:
     """Reads traces of one engine and fits what its steps cost.
 

@@ -30,13 +30,15 @@ be read. Request ids are replaced by numbers.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -45,12 +47,15 @@ from vllm_specplugin.errors import ConfigError, SpecPluginError, complain
 from vllm_specplugin.forest import Drafted
 from vllm_specplugin.interfaces import EngineInfo, StepOutcome
 
-__all__ = ["SCHEMA", "TraceError", "TraceWriter", "read_trace"]
+__all__ = ["SCHEMA", "TraceError", "TraceWriter", "read_trace", "reads_traces"]
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 _FLUSH_STEPS = 20
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class TraceError(SpecPluginError, ValueError):
@@ -213,7 +218,7 @@ def read_trace(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         with gzip.open(path, "rt") as file:
             lines.extend(json.loads(line) for line in file)
-    except (EOFError, json.JSONDecodeError, gzip.BadGzipFile, OSError) as error:
+    except (EOFError, ValueError, OSError, zlib.error) as error:
         if not lines:
             raise TraceError(
                 complain(
@@ -222,6 +227,8 @@ def read_trace(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                     "check the path",
                 )
             ) from error
+    if not all(isinstance(line, dict) for line in lines):
+        lines = [{"schema": "of something else"}]
     if not lines or lines[0].get("schema") != SCHEMA:
         found = lines[0].get("schema") if lines else "nothing"
         raise TraceError(
@@ -232,3 +239,25 @@ def read_trace(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             )
         )
     return lines[0], lines[1:]
+
+
+def reads_traces(function: Callable[P, T]) -> Callable[P, T]:
+    """For functions that use what :func:`read_trace` returns: where a line is not
+    what it should be, that is a :class:`TraceError`."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except TraceError:
+            raise
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise TraceError(
+                complain(
+                    f"a trace with a damaged line ({type(error).__name__}: {error})",
+                    "a trace as --spec-trace writes it",
+                    "record it anew",
+                )
+            ) from error
+
+    return call

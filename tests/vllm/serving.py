@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -71,7 +72,8 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """Of the process that was started; others are its children."""
+        """Of the process that was started, and of its group; others are its
+        children."""
         return self._process.pid
 
     def log(self) -> str:
@@ -79,7 +81,8 @@ class Server:
         return self._log.read_text()
 
     def _end(self, how: signal.Signals) -> None:
-        os.killpg(self._process.pid, how)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(self._process.pid, how)
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:

@@ -30,18 +30,11 @@ FAULTS = {
     "exit": "proposer_error",
 }
 
-POLICY_FAULTS = {
+POLICY_FAULTS = {  # more of them without an engine, in tests/test_drafting.py
     "budget raises": "policy_error",
-    "too few budgets": "policy_error",
-    "no numbers": "policy_error",
     "huge": None,
-    "negative": None,
-    "trim raises": "policy_error",
-    "wrong shape": "policy_error",
-    "wrong type": "policy_error",
     "orphans": "policy_error",
-    "writes": None,
-    "slow": None,
+    "writes": "policy_error",
     "observe raises": "policy_error",
     "snapshot raises": "policy_error",
 }
@@ -81,7 +74,7 @@ def test_the_text_survives_any_policy(
         one.texts(prompts[:3], "oracle", max_tokens=8, temperature=1.0, oracle=oracle)
         == truth
     )
-    one.ask("stats")
+    one.ask("stats")  # takes a snapshot, which may fail too
     failures = one.ask("stats")["failures"]
     kind = POLICY_FAULTS[fault]
     assert (kind is None and not failures) or failures[kind] > 0
@@ -110,7 +103,7 @@ def test_a_full_disk_ends_the_trace_only(
     assert one.log().count("trace /dev/full ends here") == 1
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 1}', "\x00" * 99])
+@pytest.mark.parametrize("text", ['{"version": 1}', "\x00" * 99])
 def test_a_corrupt_file_of_step_times_is_measured_anew(
     text: str, changed: Callable[..., Engine], prompts: list[list[int]]
 ) -> None:
@@ -126,8 +119,10 @@ def test_a_corrupt_file_of_step_times_is_measured_anew(
         path.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("one_entry", [False, True])
-@pytest.mark.parametrize("kind", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    ("kind", "one_entry"),
+    [("nan", False), ("nan", True), ("inf", True), ("-inf", False)],
+)
 def test_logits_that_are_no_numbers_harm_as_in_vllm(
     kind: str, one_entry: bool, engine: Get, prompts: list[list[int]]
 ) -> None:
@@ -158,7 +153,6 @@ def test_logits_that_are_no_numbers_harm_as_in_vllm(
     for first in (0.0, 1.0):
         plain = texts["uncached", "none", first]
         assert texts["uncached", "oracle", first] == plain
-    print(kind, one_entry, texts)
 
 
 @pytest.mark.parametrize("what", ["sleep", "reload", "reset"])
