@@ -94,7 +94,8 @@ def campaign(
         folder: where to make the random model; a temporary one by default.
         bar: a ``tqdm`` to move on.
     """
-    coverage, failures = Coverage(), []
+    coverage = Coverage()
+    failures: list[Failure] = []
     begun, left = time.monotonic(), plan.workloads
 
     def over() -> bool:

@@ -125,7 +125,7 @@ class Session:
         *,
         aborts: bool,
     ) -> Mapping[str, Any]:
-        engine = self._engine(vllm)
+        engine = self.engine(vllm)
         timer = threading.Timer(_PATIENCE[self.frame.runner], engine.kill)
         timer.start()
         try:
@@ -141,7 +141,8 @@ class Session:
             timer.cancel()
         return answer
 
-    def _engine(self, vllm: bool) -> Engine:
+    def engine(self, vllm: bool = False) -> Engine:
+        """The one with the plugin, or vLLM without it; started if need be."""
         if vllm not in self._engines:
             engine = self._engines[vllm] = self._start(self.frame, vllm, self._folder)
             timer = threading.Timer(_START_PATIENCE, engine.kill)

@@ -107,4 +107,5 @@ def quicken_interpreter() -> None:
     from vllm.v1.worker.gpu.sample import sampler, states
 
     plain = topk_topp_sampler.apply_top_k_top_p_pytorch
-    states.apply_top_k_top_p = sampler.apply_top_k_top_p = plain
+    for module in (states, sampler):
+        module.__dict__["apply_top_k_top_p"] = plain

@@ -314,6 +314,12 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
     ),
     # FlashInfer, if trees are to be computed by it
     "vllm.utils.flashinfer:has_flashinfer": (),
+    # fuzzing: requests by the step, and what the scheduler made of them
+    "vllm.v1.engine.llm_engine:LLMEngine.step": ("self",),
+    "vllm.v1.engine.llm_engine:LLMEngine.abort_request": ("self", "request_ids"),
+    "vllm.v1.core.sched.scheduler:Scheduler.schedule": None,
+    "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks": ("self",),
+    "vllm.lora.request:LoRARequest": ("lora_name", "lora_int_id", "lora_path"),
     **SECOND_RUNNER,
 }
 """``module:attribute`` to the parameter names relied on, in order, or ``None``
