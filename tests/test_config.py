@@ -7,7 +7,8 @@ import json
 import pytest
 
 from vllm_specplugin import ConfigError, UnknownNameError
-from vllm_specplugin.config import SpecConfig, cache_dir
+from vllm_specplugin.config import SpecConfig
+from vllm_specplugin.environment import cache_dir
 
 
 def flags(**changes):

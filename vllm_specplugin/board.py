@@ -31,7 +31,7 @@ class Board:
     """A worker's table: one row per request, kept for a while after it ends.
 
     Args:
-        folder: see :func:`vllm_specplugin.config.stats_dir`.
+        folder: see :func:`vllm_specplugin.environment.stats_dir`.
         rows: how many requests are remembered; more than ever run at a time.
     """
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import vllm_specplugin
-from vllm_specplugin.config import child_environment
+from vllm_specplugin.environment import child_environment
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.redaction import (
     Scrubber,

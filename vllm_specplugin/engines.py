@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Self
 
-from vllm_specplugin.config import child_environment
+from vllm_specplugin.environment import child_environment
 from vllm_specplugin.errors import SpecPluginError, complain
 
 __all__ = ["EngineError", "EngineProcess"]

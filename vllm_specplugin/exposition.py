@@ -2,7 +2,7 @@
 
 Workers and API servers are different processes. Each worker writes its totals to
 files in the format that ``prometheus_client`` uses between processes, in the
-folder :func:`vllm_specplugin.config.stats_dir`; whichever API server is asked for
+folder :func:`vllm_specplugin.environment.stats_dir`; whichever API server is asked for
 ``/metrics`` adds them up. A few microseconds per step, no message, no lock.
 
 Counters only grow, except that they start again when a worker does, which is

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_specplugin.config import MEND, mending_wanted
+from vllm_specplugin.environment import MEND, mending_wanted
 from vllm_specplugin.vllm.ab_process import _difference, _logprobs, _request
 from vllm_specplugin.vllm.bench_process import _answer
 from vllm_specplugin.vllm.parts import timed_parts

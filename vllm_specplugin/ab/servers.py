@@ -15,8 +15,8 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_specplugin.config import MEND, child_environment
 from vllm_specplugin.engines import EngineError
+from vllm_specplugin.environment import MEND, child_environment
 from vllm_specplugin.errors import ConfigError, complain
 
 __all__ = ["ServerProcess", "check_port", "flags", "free_port", "model_at"]

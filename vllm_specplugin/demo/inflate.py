@@ -32,7 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_specplugin.config import cache_dir
+from vllm_specplugin.environment import cache_dir
 from vllm_specplugin.errors import SpecPluginError, UnsupportedError, complain
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vllm_specplugin.config import models_dir
+from vllm_specplugin.environment import models_dir
 from vllm_specplugin.errors import ConfigError, complain
 
 __all__ = ["model_path"]

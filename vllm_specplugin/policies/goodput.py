@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.config import cache_dir, option
+from vllm_specplugin.config import option
+from vllm_specplugin.environment import cache_dir
 from vllm_specplugin.interfaces import (
     BudgetContext,
     EngineInfo,

@@ -14,7 +14,7 @@ import functools
 from typing import Any
 
 from vllm_specplugin.board import look_up
-from vllm_specplugin.config import make_stats_dir, shared_stats_dir, stats_dir
+from vllm_specplugin.environment import make_stats_dir, shared_stats_dir, stats_dir
 
 __all__ = ["show_statistics"]
 

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_specplugin.board import Board
-from vllm_specplugin.config import SpecConfig, stats_dir
+from vllm_specplugin.config import SpecConfig
+from vllm_specplugin.environment import stats_dir
 from vllm_specplugin.exposition import MetricsFile
 from vllm_specplugin.metrics import SpecMetrics
 from vllm_specplugin.rolling import Rolling, sentence

@@ -68,7 +68,7 @@ def register() -> None:
 def _mend_if_measuring() -> None:
     """A server measured beside the plugin must not sample from uninitialised
     memory; see ``vllm.repair``."""
-    from vllm_specplugin.config import mending_wanted
+    from vllm_specplugin.environment import mending_wanted
 
     if mending_wanted():
         from vllm_specplugin.vllm.repair import expansion_is_broken, mend_expansion

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vllm_specplugin.config import SpecConfig, resolve, use_first_runner
+from vllm_specplugin.config import SpecConfig, resolve
 from vllm_specplugin.device_interfaces import OffersDevice
+from vllm_specplugin.environment import use_first_runner
 from vllm_specplugin.errors import ConfigError, complain
 
 __all__ = ["DRIVEN", "RunnerChoice", "choose_runner", "second_runner_offered"]
