@@ -177,8 +177,10 @@ class FlashInferTrees:
         where: tuple[Tensor, Tensor, Tensor],
         ancestors: Tensor,
     ) -> _Planned:
-        wrapper = _wrapper_class()(self._workspace, kind.layout, backend="fa2") \
-            if before is None else before.wrapper  # fmt: skip
+        if before is None:  # of its kernels only "fa2" takes masks
+            wrapper = _wrapper_class()(self._workspace, kind.layout, backend="fa2")
+        else:
+            wrapper = before.wrapper
         device, requests = block_table.device, len(where[0])
         known = torch.cat([one.to(torch.int32) for one in where]).cpu().numpy()
         lengths, starts, nodes = np.split(
