@@ -17,7 +17,7 @@ sys.path.insert(0, str(HERE / "support"))
 import spec_eagle
 
 CLOSE = 2e-3  # logits spread over about 13; a wrong cache is off by whole units
-FEW = slice(2, 8)  # each row is compared to a prefill of its own, which takes time
+FEW = slice(2, 8)
 TOKENS = 24
 GROWTH = {"depth": 4, "width": 3, "siblings": 3, "min_survival": 0.0}
 _HEAD_BLOCK_BYTES = 2 * 4 * 64 * 4 * 32

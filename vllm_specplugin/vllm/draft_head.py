@@ -7,8 +7,8 @@ differs from :mod:`.draft_lm`:
 - A head cannot catch up by itself: hidden states are gone after the step. Those of
   the rows that are kept wait in vLLM's drafting buffer, of which there is one row
   for each token of a step, and go through the head in one pass: before drafting,
-  when the buffer is full, or when one of their requests leaves the batch. Each
-  token of a text passes the head once.
+  after a prompt, when the buffer is full, or when one of their requests leaves the
+  batch. Each token of a text passes the head once.
 - Rows drafted by the head are computed again, from the target's hidden states,
   once the target has read them.
 - A request with a hole before its last row, after a pass that failed, is not
@@ -28,7 +28,13 @@ import torch
 
 from vllm_specplugin.interfaces import ScoreResult
 from vllm_specplugin.layout import StepLayout
-from vllm_specplugin.vllm.draft_lm import DraftSession, Ints, Nodes, PagedDraftModel
+from vllm_specplugin.vllm.draft_lm import (
+    WORD,
+    DraftSession,
+    Ints,
+    Nodes,
+    PagedDraftModel,
+)
 
 __all__ = ["HeadSession", "PagedHead"]
 
@@ -54,6 +60,9 @@ class PagedHead(PagedDraftModel):
         """Rows of the buffer that wait."""
         self._kept: list[tuple[int, Ints]] = []
         """Of each request of the step, its first position and its rows to keep."""
+        self._outputs: dict[str, list[torch.Tensor]] = {}
+        """Of the last row of each request: what the lm_head reads, and what rows
+        after it do; ``[hidden_size]`` each."""
 
     # ---------------------------------------------------- what it has seen
 
@@ -99,58 +108,60 @@ class PagedHead(PagedDraftModel):
         self._drafter.hidden_states[self._used : self._used + count] = features
         self._used += count
         self._waiting += waiting
+        if any(one.rows > WORD + 1 for one in waiting):
+            self.flush()  # reading a prompt is not part of what drafting costs
 
     def forget_rows(self) -> None:
         """Drops what waits: vLLM's drafter has run over it."""
         self._waiting, self._used, self._kept = [], 0, []
+
+    def release(self, req_ids: Sequence[str]) -> None:
+        super().release(req_ids)
+        for req_id in req_ids:
+            self._outputs.pop(req_id, None)
 
     # ------------------------------------------------------------- running
 
     def session(self, indices: Sequence[int], ends: Sequence[int]) -> HeadSession:
         return HeadSession(self, np.asarray(indices), np.asarray(ends) - self._behind)
 
-    def flush(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Runs the rows that wait.
-
-        Returns:
-            Of requests without holes, what the lm_head reads of the last row, and
-            the features for rows after it; ``[hidden_size]`` each.
-        """
+    def flush(self) -> None:
+        """Runs the rows that wait."""
         if not self._waiting:
-            return {}
+            return
         order, requests = _by_request(self._waiting)
         features = self._drafter.hidden_states[: self._used]
         features = features[torch.from_numpy(order).to(features.device)]
         self.forget_rows()
         index = self._runner.input_batch.req_id_to_index
-        hidden, given = self._run_causal(
+        counts = np.array([one.rows for one in requests])
+        outputs = self._run_causal(
             np.array([index[one.req_id] for one in requests]),
             np.array([one.start for one in requests]),
-            np.array([one.rows for one in requests]),
+            counts,
             features,
         )
-        found, row = {}, 0
-        for one in requests:
-            row += one.rows
+        last = torch.from_numpy(np.cumsum(counts) - 1).to(features.device)
+        for one, *rows in zip(requests, *(part[last] for part in outputs)):
             if self._known.setdefault(one.req_id, 0) == one.start:
                 self._learnt(index[one.req_id], one.req_id, one.start + one.rows)
-                found[one.req_id] = hidden[row - 1], given[row - 1]
-        return found
+                self._outputs[one.req_id] = rows
 
     def catch_up_rows(
         self, indices: Ints, ends: Ints
     ) -> tuple[Ints, torch.Tensor, torch.Tensor]:
         """As :meth:`catch_up`, and ``[n, hidden_size]`` features for children."""
-        found, batch = self.flush(), self._runner.input_batch
+        self.flush()
+        req_ids = [self._runner.input_batch.req_ids[i] for i in indices.tolist()]
         ready = [
             row
-            for row, (index, end) in enumerate(zip(indices.tolist(), ends.tolist()))
-            if (req_id := batch.req_ids[index]) in found and self._known[req_id] == end
+            for row, (req_id, end) in enumerate(zip(req_ids, ends.tolist()))
+            if self._known.get(req_id) == end and req_id in self._outputs
         ]
         if not ready:
             none = self._drafter.hidden_states[:0]
             return np.zeros(0, dtype=np.int64), self._logits(none), none
-        last = [found[batch.req_ids[indices[row]]] for row in ready]
+        last = [self._outputs[req_ids[row]] for row in ready]
         hidden, given = (torch.stack(part) for part in zip(*last))
         return np.array(ready), self._logits(hidden), given
 

@@ -29,9 +29,9 @@ from vllm_specplugin.layout import StepLayout
 from vllm_specplugin.vllm.cache_layout import prepare_layers
 from vllm_specplugin.vllm.tree_attention.plan import DraftRows, TreeRows
 
-__all__ = ["DraftSession", "PagedDraftModel"]
+__all__ = ["WORD", "DraftSession", "PagedDraftModel"]
 
-_WORD = 64
+WORD = 64
 """Nodes of one request that a mask of one word can tell apart."""
 
 Ints = npt.NDArray[np.int64]
@@ -285,7 +285,7 @@ class DraftSession:
         self._ends = ends
         count = len(indices)
         self._room = [
-            min(_WORD, model.room(i, end))
+            min(WORD, model.room(i, end))
             for i, end in zip(indices.tolist(), ends.tolist())
         ]
         self._spines: list[list[int]] = [[] for _ in range(count)]

@@ -28,39 +28,56 @@ TARGET = Path(__file__).parents[3] / "examples" / "models" / "target"
 
 
 class _Reference:
-    """Logits of a head at the end of a path, all computed anew."""
+    """Logits of a head at the end of a path: a prefill of the text, then a row for
+    each token of the path."""
 
     def __init__(self, head: EagleHead) -> None:
         from transformers import LlamaForCausalLM
 
         self._head = head
         self._target = LlamaForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
+        self._ends: dict[tuple[int, ...], tuple[Tensor, Tensor, Past]] = {}
 
     @torch.inference_mode()
     def __call__(self, text: list[int], path: list[int]) -> Tensor:
-        target, head = self._target, self._head
-        ids = torch.tensor([text])
-        embedded = target.get_input_embeddings()(torch.tensor([text + path]))[:, 1:]
-        known = len(text) - 1
-        found = target.base_model(ids, output_hidden_states=True)
-        states = found.last_hidden_state
-        if head.shape.third:
-            layers = head.shape.layers
-            states = torch.cat([found.hidden_states[i] for i in layers], -1)
-        features = head.features(states[:, :-1])
-        rows = torch.arange(known)
-        mask = rows[None] <= rows[:, None]
-        read, out, past = head(embedded[:, :known], features, rows, mask)
-        for i in range(known, known + len(path)):
-            read, out, past = head(
-                embedded[:, i : i + 1],
-                out[:, -1:],
-                torch.tensor([i]),
-                torch.ones(1, i + 1, dtype=torch.bool),
-                past,
-            )
-        logits: Tensor = target.lm_head(read[0, -1])
+        if len(self._ends) > 300:
+            self._ends.clear()
+        read, _, _ = self._end(text, path)
+        logits: Tensor = self._target.lm_head(read[0, -1])
         return logits
+
+    def _end(self, text: list[int], path: list[int]) -> tuple[Tensor, Tensor, Past]:
+        key = (len(text), *text, *path)
+        if key not in self._ends:
+            self._ends[key] = self._step(text, path) if path else self._prefill(text)
+        return self._ends[key]
+
+    def _embed(self, tokens: list[int]) -> Tensor:
+        found: Tensor = self._target.get_input_embeddings()(torch.tensor([tokens]))
+        return found
+
+    def _prefill(self, text: list[int]) -> tuple[Tensor, Tensor, Past]:
+        target, head = self._target, self._head
+        found = target.base_model(torch.tensor([text]), output_hidden_states=True)
+        states = found.last_hidden_state
+        if layers := head.shape.layers:
+            states = torch.cat([found.hidden_states[i] for i in layers], -1)
+        rows = torch.arange(len(text) - 1)
+        mask = rows[None] <= rows[:, None]
+        features = head.features(states[:, :-1])
+        end: tuple[Tensor, Tensor, Past] = head(
+            self._embed(text[1:]), features, rows, mask
+        )
+        return end
+
+    def _step(self, text: list[int], path: list[int]) -> tuple[Tensor, Tensor, Past]:
+        _, out, past = self._end(text, path[:-1])
+        here = len(text) + len(path) - 2
+        every = torch.ones(1, here + 1, dtype=torch.bool)
+        end: tuple[Tensor, Tensor, Past] = self._head(
+            self._embed(path[-1:]), out[:, -1:], torch.tensor([here]), every, past
+        )
+        return end
 
 
 class CheckedEagle(Checked, EagleProposer):
