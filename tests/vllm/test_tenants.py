@@ -71,6 +71,32 @@ def test_keys_are_told_apart_also_in_tasks_of_the_request() -> None:
     assert told and told not in hashlib.sha256(b"one").hexdigest()
 
 
+def test_of_several_keys_the_one_that_vllm_checks_counts() -> None:
+    seen = []
+
+    async def inner(scope, receive, send) -> None:
+        seen.append(scope_of(None, None))
+
+    async def ask(*keys: bytes) -> None:
+        headers = [(b"authorization", b"Bearer " + key) for key in keys]
+        scope = {"type": "http", "headers": headers}
+        await tenants.TenantMiddleware(inner)(scope, None, None)
+
+    for keys in ([b"one"], [b"one", b"two"], [b"two", b"one"]):
+        asyncio.run(ask(*keys))
+    assert seen[0] == seen[1] != seen[2]
+
+
+def test_what_is_no_request_has_no_tenant() -> None:
+    seen = []
+
+    async def inner(scope, receive, send) -> None:
+        seen.append(tenants._tenant.get())
+
+    asyncio.run(tenants.TenantMiddleware(inner)({"type": "lifespan"}, None, None))
+    assert seen == [None]
+
+
 def test_without_its_context_a_request_shares_with_nobody() -> None:
     assert scope_of(None, None) == ""
 
