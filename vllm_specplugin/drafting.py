@@ -109,7 +109,7 @@ class Drafter:
         self.draft_requests = len(wanted)
         self.draft_seconds = self._clock() - started
         choosing = self.draft_seconds - self._propose_seconds
-        if not self._in_time("a policy", choosing):
+        if len(last.forest) and not self._in_time("a policy", choosing):
             last.kept[:] = False
             trees = [EMPTY_TREE] * len(requests)
         # In a row are failures with no draft between them that went well.

@@ -83,7 +83,7 @@ def test_the_text_survives_any_policy(
 def test_ten_times_the_allowance_costs_drafts_and_ends(
     changed: Callable[..., Engine], prompts: list[list[int]]
 ) -> None:
-    one = changed(draft_timeout_ms=5.0, max_failures=3)
+    one = changed(draft_timeout_ms=50.0, max_failures=3)
     truth = one.texts(prompts[:2], "none", max_tokens=12)
     assert one.texts(prompts[:2], "ten_times", max_tokens=12) == truth
     stats = one.ask("stats")

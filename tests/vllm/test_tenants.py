@@ -71,6 +71,32 @@ def test_keys_are_told_apart_also_in_tasks_of_the_request() -> None:
     assert told and told not in hashlib.sha256(b"one").hexdigest()
 
 
+def test_of_several_keys_the_one_that_vllm_checks_counts() -> None:
+    seen = []
+
+    async def inner(scope, receive, send) -> None:
+        seen.append(scope_of(None, None))
+
+    async def ask(*keys: bytes) -> None:
+        headers = [(b"authorization", b"Bearer " + key) for key in keys]
+        scope = {"type": "http", "headers": headers}
+        await tenants.TenantMiddleware(inner)(scope, None, None)
+
+    for keys in ([b"one"], [b"one", b"two"], [b"two", b"one"]):
+        asyncio.run(ask(*keys))
+    assert seen[0] == seen[1] != seen[2]
+
+
+def test_what_is_no_request_has_no_tenant() -> None:
+    seen = []
+
+    async def inner(scope, receive, send) -> None:
+        seen.append(tenants._tenant.get())
+
+    asyncio.run(tenants.TenantMiddleware(inner)({"type": "lifespan"}, None, None))
+    assert seen == [None]
+
+
 def test_without_its_context_a_request_shares_with_nobody() -> None:
     assert scope_of(None, None) == ""
 
@@ -96,3 +122,45 @@ def test_the_middleware_is_there_where_keys_differ(keys, setting, added) -> None
     for _ in range(2):
         tenants.add_middleware(args)
     assert args.middleware == ["m.x", *([tenants.MIDDLEWARE] if added else [])]
+
+
+def test_vllms_own_wiring_tells_keys_apart(monkeypatch) -> None:
+    """Its authentication, its ``--middleware``, and a response that streams, which
+    is where requests of its API are admitted."""
+    from fastapi import FastAPI
+    from fastapi.responses import StreamingResponse
+    from starlette.testclient import TestClient
+    from vllm.entrypoints.serve.middleware.register import (
+        init_entrypoints_middleware,
+    )
+
+    app = FastAPI()
+
+    @app.get("/v1/scope")
+    async def scope() -> StreamingResponse:
+        async def body():
+            yield scope_of(None, None)
+
+        return StreamingResponse(body())
+
+    args = SimpleNamespace(
+        api_key=["one", "two"],
+        middleware=[],
+        additional_config=engine().additional_config,
+        allowed_origins=["*"],
+        allow_credentials=False,
+        allowed_methods=["*"],
+        allowed_headers=["*"],
+        enable_request_id_headers=False,
+    )
+    tenants.add_middleware(args)
+    init_entrypoints_middleware(args, app, ())
+    with TestClient(app) as client:
+
+        def ask(key: str) -> str:
+            headers = {"Authorization": f"Bearer {key}"}
+            answer = client.get("/v1/scope", headers=headers)
+            return answer.text if answer.status_code == 200 else ""
+
+        assert ask("one") == ask("one") != ask("two")
+        assert ask("two") and not ask("three")

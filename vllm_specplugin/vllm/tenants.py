@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from vllm_specplugin.config import CONFIG_KEY
+from vllm_specplugin.vllm.log import log_as_vllm_does
 
 __all__ = ["MIDDLEWARE", "TenantMiddleware", "add_middleware", "current_tenant"]
 
@@ -38,8 +39,12 @@ class TenantMiddleware:
     async def __call__(
         self, scope: MutableMapping[str, Any], receive: Any, send: Any
     ) -> None:
-        headers = dict(scope.get("headers", ()))
-        found = headers.get(b"authorization", b"").partition(b" ")[2]
+        if scope["type"] not in {"http", "websocket"}:
+            await self._app(scope, receive, send)
+            return
+        # The first, as vLLM checks it.
+        given = (v for k, v in scope["headers"] if k.lower() == b"authorization")
+        found = next(given, b"").partition(b" ")[2]
         token = _tenant.set(hashlib.sha256(b"specplugin " + found).hexdigest())
         try:
             await self._app(scope, receive, send)
@@ -68,6 +73,7 @@ def add_middleware(args: Any) -> None:
     if len(keys) < 2 or listed is None or MIDDLEWARE in listed:
         return
     args.middleware = [*listed, MIDDLEWARE]
+    log_as_vllm_does()
     logger.info(
         "vllm-specplugin: proposers keep the texts of %d API keys apart "
         "(cache_scope=tenant)",

@@ -105,7 +105,7 @@ class Switch:
                     self._slept = True
                 return DraftTree([5], [-1])
             case "ten_times":
-                time.sleep(0.05)
+                time.sleep(0.25)  # for each of two requests
                 return DraftTree([5], [-1])
             case "drawn":
                 return self._drawn(request, n)
