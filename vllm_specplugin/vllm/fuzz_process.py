@@ -170,14 +170,15 @@ class _Played:
         if life.born is not None:
             return
         before: list[int] = []
-        since = 0
         if (follows := request.get("follows")) is not None:
             other = self.lives[follows]
             if not other.ended:
                 return
             before = [*other.prompt, *other.answer()["tokens"][0]]
-        if self.step < request.get("arrival", 0) + since:
+        if self.step < request.get("arrival", 0):
             return
+        from vllm.exceptions import VLLMValidationError
+
         life.born = self.step
         life.prompt = [*before, *request["prompt"]][: self._longest]
         try:
@@ -189,7 +190,7 @@ class _Played:
                 lora_request=self._adapter(request.get("lora", 0)),
             )
             life.ids.append(str(given))
-        except ValueError as error:  # what vLLM refuses, it refuses with this
+        except (VLLMValidationError, ValueError) as error:
             life.refused, life.ended = type(error).__name__, True
 
     def _params(self, number: int, request: Mapping[str, Any]) -> Any:
