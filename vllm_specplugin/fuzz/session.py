@@ -18,9 +18,10 @@ from vllm_specplugin.fuzz.workload import Case, Frame, Workload, plain
 
 __all__ = ["Engine", "Session", "Start", "Verdict", "start_engine"]
 
-_PATIENCE = {"v1": 120.0, "v2": 400.0}
-"""Seconds for an answer, after which an engine counts as hung."""
-_START_PATIENCE = 240.0
+_PATIENCE = {"v1": 600.0, "v2": 900.0}
+"""Seconds for an answer, after which an engine counts as hung. Generous: a busy machine
+is no failure."""
+_START_PATIENCE = 900.0
 
 
 class Engine(Protocol):
