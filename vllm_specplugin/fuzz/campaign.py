@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_specplugin.config import cache_dir
 from vllm_specplugin.fuzz.coverage import Coverage
 from vllm_specplugin.fuzz.generate import make_frame, make_workload
 from vllm_specplugin.fuzz.session import Session, Start, start_engine
@@ -21,7 +20,7 @@ from vllm_specplugin.fuzz.workload import Case, Frame, Workload
 
 __all__ = ["Failure", "Plan", "campaign", "replay_case"]
 
-_PER_FRAME = {"v1": 40, "v2": 10}
+_PER_FRAME = {"v1": 100, "v2": 25}
 _SECOND_EVERY = 3
 """With both runners each third engine is on the second one, for a tenth of the
 workloads: without a GPU it is slow."""
@@ -63,6 +62,11 @@ class Failure:
         }
 
 
+def models_folder() -> Path:
+    """Where the random model is kept from one campaign to the next."""
+    return cache_dir() / "fuzz"
+
+
 def frames(plan: Plan) -> Iterator[tuple[int, Frame, int]]:
     """``(number, frame, workloads in it)``, without end."""
     number = 0
@@ -91,7 +95,7 @@ def campaign(
     Args:
         plan: what to do.
         start: makes engines.
-        folder: where to make the random model; a temporary one by default.
+        folder: where to make the random model; the user's cache by default.
         bar: a ``tqdm`` to move on.
     """
     coverage = Coverage()
@@ -151,10 +155,7 @@ def replay_case(
 ) -> tuple[Coverage, list[str]]:
     """Runs one case from a file."""
     coverage = Coverage()
-    with (
-        tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as at,
-        Session(case.frame, Path(at), start) as session,
-    ):
+    with Session(case.frame, folder or models_folder(), start) as session:
         coverage.frame(case.frame)
         verdict = session.judge(case.workload)
         coverage.workload(case.frame, case.workload, verdict)

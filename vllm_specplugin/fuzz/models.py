@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from vllm_specplugin.demo.models import model_path
@@ -65,23 +67,28 @@ def make_model(name: str, folder: Path) -> Path:
             elif "lm_head" in key:
                 scale *= _LOGITS
             weight.normal_(0.0, scale, generator=generator)
-    model.save_pretrained(made)
-    for part in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(target / part, made / part)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        whole = Path(place) / "tiny"
+        model.save_pretrained(whole)
+        for part in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(target / part, whole / part)
+        with suppress(OSError):  # another process was first
+            whole.rename(made)
     return made
 
 
 def make_adapters(folder: Path) -> list[Path]:
     """Folders of LoRA adapters for the random model, made if they are not there."""
     made = [folder / f"adapter{number}" for number in range(1, ADAPTERS + 1)]
+    if all((place / "adapter_config.json").is_file() for place in made):
+        return made
     import torch
     from safetensors.torch import save_file
 
     shapes = {"q_proj": _HEADS * _HEAD, "v_proj": _HEAD}
     for number, place in enumerate(made, start=1):
-        if (place / "adapter_config.json").is_file():
-            continue
-        place.mkdir(parents=True)
+        place.mkdir(parents=True, exist_ok=True)
         generator = torch.Generator().manual_seed(number)
         weights = {}
         for layer in range(_LAYERS):
