@@ -108,29 +108,24 @@ def campaign(
         )
         return left <= 0 or late or len(failures) >= plan.most_failures
 
-    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as at:
-        for number, frame, count in frames(plan):
-            if over():
-                break
-            coverage.frame(frame)
-            with Session(frame, Path(at), start) as session:
-                for i in range(min(count, left)):
-                    if over():
-                        break
-                    workload = make_workload(plan.seed, number, i, frame)
-                    verdict = session.judge(workload)
-                    coverage.workload(frame, workload, verdict)
-                    left -= 1
-                    if verdict.failed:
-                        print(
-                            f"{workload.name}: {verdict.problems[0]}", file=sys.stderr
-                        )
-                        failures.append(
-                            _shrunk(session, workload, verdict.problems, plan)
-                        )
-                    if bar is not None:
-                        bar.update()
-                        bar.set_postfix_str(f"{frame.runner}, {len(failures)} failed")
+    for number, frame, count in frames(plan):
+        if over():
+            break
+        coverage.frame(frame)
+        with Session(frame, folder or models_folder(), start) as session:
+            for i in range(min(count, left)):
+                if over():
+                    break
+                workload = make_workload(plan.seed, number, i, frame)
+                verdict = session.judge(workload)
+                coverage.workload(frame, workload, verdict)
+                left -= 1
+                if verdict.failed:
+                    print(f"{workload.name}: {verdict.problems[0]}", file=sys.stderr)
+                    failures.append(_shrunk(session, workload, verdict.problems, plan))
+                if bar is not None:
+                    bar.update()
+                    bar.set_postfix_str(f"{frame.runner}, {len(failures)} failed")
     return coverage, failures
 
 
