@@ -17,14 +17,9 @@ SUPPORT = Path(__file__).parent / "support"
 BREAKABLE = functools.partial(start_engine, module="fuzz_child", path=str(SUPPORT))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fuzz")
-
-
-def test_no_workload_changes_its_text(folder: Path) -> None:
+def test_no_workload_changes_its_text() -> None:
     plan = Plan(seed=26, workloads=60, runner="v1", per_frame=30)
-    coverage, failures = campaign(plan, folder=folder)
+    coverage, failures = campaign(plan)
     assert [failure.describe() for failure in failures] == []
     counts = coverage.counts
     assert counts["workloads"]["on v1"] == 60
@@ -52,8 +47,8 @@ FRAME = Frame(
 @pytest.mark.parametrize(
     ("bug", "within"), [("mask", 5), ("positions", 5), ("deep moves", 10), ("stop", 15)]
 )
-def test_planted_bugs_are_found(bug: str, within: int, folder: Path) -> None:
-    with Session(FRAME, folder, BREAKABLE) as session:
+def test_planted_bugs_are_found(bug: str, within: int) -> None:
+    with Session(FRAME, BREAKABLE) as session:
         session.engine().ask("plant", bug=bug)
         assert any(
             session.judge(make_workload(7, 0, i, FRAME)).failed for i in range(within)

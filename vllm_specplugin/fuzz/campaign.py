@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_specplugin.config import cache_dir
 from vllm_specplugin.fuzz.coverage import Coverage
 from vllm_specplugin.fuzz.generate import make_frame, make_workload
 from vllm_specplugin.fuzz.session import Session, Start, start_engine
@@ -62,11 +61,6 @@ class Failure:
         }
 
 
-def models_folder() -> Path:
-    """Where the random model is kept from one campaign to the next."""
-    return cache_dir() / "fuzz"
-
-
 def frames(plan: Plan) -> Iterator[tuple[int, Frame, int]]:
     """``(number, frame, workloads in it)``, without end."""
     number = 0
@@ -87,7 +81,6 @@ def campaign(
     plan: Plan,
     *,
     start: Start = start_engine,
-    folder: Path | None = None,
     bar: Any = None,
 ) -> tuple[Coverage, list[Failure]]:
     """Runs a plan.
@@ -95,7 +88,6 @@ def campaign(
     Args:
         plan: what to do.
         start: makes engines.
-        folder: where to make the random model; the user's cache by default.
         bar: a ``tqdm`` to move on.
     """
     coverage = Coverage()
@@ -112,7 +104,7 @@ def campaign(
         if over():
             break
         coverage.frame(frame)
-        with Session(frame, folder or models_folder(), start) as session:
+        with Session(frame, start) as session:
             for i in range(min(count, left)):
                 if over():
                     break
@@ -146,11 +138,11 @@ def _shrunk(
 
 
 def replay_case(
-    case: Case, *, start: Start = start_engine, folder: Path | None = None
+    case: Case, *, start: Start = start_engine
 ) -> tuple[Coverage, list[str]]:
     """Runs one case from a file."""
     coverage = Coverage()
-    with Session(case.frame, folder or models_folder(), start) as session:
+    with Session(case.frame, start) as session:
         coverage.frame(case.frame)
         verdict = session.judge(case.workload)
         coverage.workload(case.frame, case.workload, verdict)
