@@ -10,6 +10,7 @@ A workload's steps are calls of ``LLMEngine.step``, so a run repeats itself.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -157,6 +158,7 @@ class _Played:
 
     def _step(self, by_name: Mapping[str, _Life]) -> None:
         if self._engine.has_unfinished_requests():
+            self._await_grammars()
             for output in self._engine.step():
                 if output.request_id != _FLUSH:
                     by_name[output.request_id].take(output)
@@ -164,6 +166,14 @@ class _Played:
         if self.step > _MOST_STEPS:
             waiting = [life.name for life in self.lives if not life.ended]
             raise RuntimeError(f"stuck: {_MOST_STEPS} steps, and {waiting} not done")
+
+    def _await_grammars(self) -> None:
+        """vLLM compiles grammars in threads; a run must not depend on their speed."""
+        requests = self._engine.engine_core.engine_core.scheduler.requests
+        for request in list(requests.values()):
+            structured = request.structured_output_request
+            while structured is not None and not structured.is_grammar_ready:
+                time.sleep(0.001)
 
     def _admit(self, number: int, life: _Life) -> None:
         request = life.request
