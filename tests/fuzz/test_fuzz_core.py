@@ -302,7 +302,7 @@ def test_lossy_neighbours_are_not_compared() -> None:
     assert compare(case, *play(case, lambda one: True)) == []
 
 
-def test_a_failure_becomes_small(tmp_path: Path) -> None:
+def test_a_failure_becomes_small() -> None:
     def bug(one: Mapping[str, Any]) -> bool:
         return 17 in one["prompt"] and one["params"].get("top_k") == 3
 
@@ -356,13 +356,13 @@ def test_requests_that_follow_one_left_out_go_with_it() -> None:
             assert request.follows is None or request.follows < number
 
 
-def test_a_campaign_finds_shrinks_and_counts(tmp_path: Path) -> None:
+def test_a_campaign_finds_shrinks_and_counts() -> None:
     plan = Plan(seed=3, workloads=12, runner="both", per_frame=4, most_failures=99)
 
-    def start(frame: Frame, vllm: bool, folder: Path) -> FakeEngine:
+    def start(frame: Frame, vllm: bool) -> FakeEngine:
         return FakeEngine(lambda one: len(one["prompt"]) > 60)
 
-    coverage, failures = campaign(plan, start=start, folder=tmp_path)
+    coverage, failures = campaign(plan, start=start)
     assert coverage.counts["workloads"]["on v1"] == 8
     assert coverage.counts["workloads"]["on v2"] == 4
     assert coverage.counts["workloads"]["failed"] == len(failures) > 0
@@ -373,15 +373,15 @@ def test_a_campaign_finds_shrinks_and_counts(tmp_path: Path) -> None:
     assert "preemptions" in "\n".join(coverage.table())
 
 
-def test_a_dead_engine_is_a_failure(tmp_path: Path) -> None:
+def test_a_dead_engine_is_a_failure() -> None:
     plan = Plan(seed=3, workloads=1, runner="v1", shrink_seconds=0)
-    _, failures = campaign(plan, start=lambda *_: Dead(), folder=tmp_path)
+    _, failures = campaign(plan, start=lambda *_: Dead())
     assert "ended with code -11" in failures[0].problems[0]
 
 
-def test_figures_add_up(tmp_path: Path) -> None:
+def test_figures_add_up() -> None:
     plan = Plan(seed=3, workloads=4, runner="v1")
-    coverage, _ = campaign(plan, start=lambda *_: FakeEngine(), folder=tmp_path)
+    coverage, _ = campaign(plan, start=lambda *_: FakeEngine())
     figures = coverage.figures()
     coverage.merge(figures)
     assert coverage.counts["workloads"]["on v1"] == 8

@@ -97,3 +97,12 @@ def test_those_gone_tell_what_to_expect_of_the_next():
     calls, _ = batch.run(64)
     fresh = Batch({"b": 0.0}, fixed=0.001)
     assert calls < fresh.run(64)[0]
+
+
+def test_nothing_is_left_of_a_request_that_is_gone():
+    batch = Batch({"a": 0.1, "b": 0.1})
+    batch.step()
+    batch.backoff.release(["a"])
+    assert "a" not in batch.backoff._waits
+    assert "a" not in batch.backoff._asked
+    assert "b" in batch.backoff._asked

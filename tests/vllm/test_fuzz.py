@@ -4,6 +4,7 @@ find bugs that are planted."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,18 +14,27 @@ from vllm_specplugin.fuzz.generate import make_workload
 from vllm_specplugin.fuzz.session import Session, start_engine
 from vllm_specplugin.fuzz.workload import Frame
 
+WITHIN = {
+    "mask": 10,
+    "positions": 10,
+    "compaction": 10,
+    "deep moves": 20,
+    "cached rows": 40,
+    "stop": 40,
+    "logprobs": 20,
+    "noise": 10,
+    "penalties": 40,
+    "release": 5,
+    "blocks": 40,
+}
+"""Bugs of ``fuzz_child``, and workloads that are enough to find them."""
 SUPPORT = Path(__file__).parent / "support"
 BREAKABLE = functools.partial(start_engine, module="fuzz_child", path=str(SUPPORT))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fuzz")
-
-
-def test_no_workload_changes_its_text(folder: Path) -> None:
+def test_no_workload_changes_its_text() -> None:
     plan = Plan(seed=26, workloads=60, runner="v1", per_frame=30)
-    coverage, failures = campaign(plan, folder=folder)
+    coverage, failures = campaign(plan)
     assert [failure.describe() for failure in failures] == []
     counts = coverage.counts
     assert counts["workloads"]["on v1"] == 60
@@ -49,12 +59,17 @@ FRAME = Frame(
 )
 
 
-@pytest.mark.parametrize(
-    ("bug", "within"), [("mask", 5), ("positions", 5), ("deep moves", 10), ("stop", 15)]
-)
-def test_planted_bugs_are_found(bug: str, within: int, folder: Path) -> None:
-    with Session(FRAME, folder, BREAKABLE) as session:
-        session.engine().ask("plant", bug=bug)
-        assert any(
-            session.judge(make_workload(7, 0, i, FRAME)).failed for i in range(within)
-        )
+@pytest.fixture(scope="module")
+def breakable() -> Iterator[Session]:
+    with Session(FRAME, BREAKABLE) as session:
+        yield session
+
+
+@pytest.mark.parametrize(("bug", "within"), WITHIN.items())
+def test_planted_bugs_are_found(bug: str, within: int, breakable: Session) -> None:
+    work = [make_workload(7, 0, i, FRAME) for i in range(within)]
+    breakable.engine().ask("plant", bug=bug)
+    found = any(breakable.judge(one).failed for one in work)
+    breakable.engine().ask("plant", bug=None)
+    assert found
+    assert breakable.judge(work[0]).problems == []

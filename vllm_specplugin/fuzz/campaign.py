@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from vllm_specplugin.fuzz.workload import Case, Frame, Workload
 
 __all__ = ["Failure", "Plan", "campaign", "replay_case"]
 
-_PER_FRAME = {"v1": 40, "v2": 10}
+_PER_FRAME = {"v1": 100, "v2": 25}
 _SECOND_EVERY = 3
 """With both runners each third engine is on the second one, for a tenth of the
 workloads: without a GPU it is slow."""
@@ -83,7 +81,6 @@ def campaign(
     plan: Plan,
     *,
     start: Start = start_engine,
-    folder: Path | None = None,
     bar: Any = None,
 ) -> tuple[Coverage, list[Failure]]:
     """Runs a plan.
@@ -91,7 +88,6 @@ def campaign(
     Args:
         plan: what to do.
         start: makes engines.
-        folder: where to make the random model; a temporary one by default.
         bar: a ``tqdm`` to move on.
     """
     coverage = Coverage()
@@ -104,29 +100,24 @@ def campaign(
         )
         return left <= 0 or late or len(failures) >= plan.most_failures
 
-    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as at:
-        for number, frame, count in frames(plan):
-            if over():
-                break
-            coverage.frame(frame)
-            with Session(frame, Path(at), start) as session:
-                for i in range(min(count, left)):
-                    if over():
-                        break
-                    workload = make_workload(plan.seed, number, i, frame)
-                    verdict = session.judge(workload)
-                    coverage.workload(frame, workload, verdict)
-                    left -= 1
-                    if verdict.failed:
-                        print(
-                            f"{workload.name}: {verdict.problems[0]}", file=sys.stderr
-                        )
-                        failures.append(
-                            _shrunk(session, workload, verdict.problems, plan)
-                        )
-                    if bar is not None:
-                        bar.update()
-                        bar.set_postfix_str(f"{frame.runner}, {len(failures)} failed")
+    for number, frame, count in frames(plan):
+        if over():
+            break
+        coverage.frame(frame)
+        with Session(frame, start) as session:
+            for i in range(min(count, left)):
+                if over():
+                    break
+                workload = make_workload(plan.seed, number, i, frame)
+                verdict = session.judge(workload)
+                coverage.workload(frame, workload, verdict)
+                left -= 1
+                if verdict.failed:
+                    print(f"{workload.name}: {verdict.problems[0]}", file=sys.stderr)
+                    failures.append(_shrunk(session, workload, verdict.problems, plan))
+                if bar is not None:
+                    bar.update()
+                    bar.set_postfix_str(f"{frame.runner}, {len(failures)} failed")
     return coverage, failures
 
 
@@ -147,14 +138,11 @@ def _shrunk(
 
 
 def replay_case(
-    case: Case, *, start: Start = start_engine, folder: Path | None = None
+    case: Case, *, start: Start = start_engine
 ) -> tuple[Coverage, list[str]]:
     """Runs one case from a file."""
     coverage = Coverage()
-    with (
-        tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as at,
-        Session(case.frame, Path(at), start) as session,
-    ):
+    with Session(case.frame, start) as session:
         coverage.frame(case.frame)
         verdict = session.judge(case.workload)
         coverage.workload(case.frame, case.workload, verdict)

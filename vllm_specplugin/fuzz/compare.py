@@ -30,28 +30,29 @@ def compare_texts(
 ) -> list[str]:
     """The same for what the requests got."""
     problems: list[str] = []
-    for number, (request, want, found) in enumerate(zip(requests, truth, got)):
+    for number, (want, found) in enumerate(zip(truth, got)):
         place = f"request {number}"
-        follows = request.follows
-        if follows is not None and (
-            got[follows]["aborted"] or not _exact(requests, follows)
-        ):
-            continue  # its prompt may be another
         if want["refused"] != found["refused"]:
             problems.append(
                 f"{place}: refused {found['refused']}, without drafts {want['refused']}"
             )
-        elif want["refused"] is None and request.exact:
+        elif want["refused"] is None and _comparable(requests, got, number):
             problems += [f"{place}: {text}" for text in _differences(want, found)]
     return problems
 
 
-def _exact(requests: Sequence[Request], number: int) -> bool:
-    """Whether a request and all that it follows are scored by ``exact``."""
+def _comparable(
+    requests: Sequence[Request], got: Sequence[Mapping[str, Any]], number: int
+) -> bool:
+    """Whether a request's prompt and text must be what they are without drafts: not
+    if it, or what it follows, is scored by another rule, or that was aborted."""
     request = requests[number]
     if not request.exact:
         return False
-    return request.follows is None or _exact(requests, request.follows)
+    follows = request.follows
+    return follows is None or (
+        not got[follows]["aborted"] and _comparable(requests, got, follows)
+    )
 
 
 def _differences(want: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
@@ -68,10 +69,13 @@ def _differences(want: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]
                 f"without drafts {true[at:][:6]}"
             )
             continue
-        for key in ("logprobs",):
-            problems += _logprob_differences(
-                want[key][index], found[key][index], f"{key} of completion {index}"
-            )
+        if found["aborted"] and not tokens:
+            continue
+        problems += _logprob_differences(
+            want["logprobs"][index],
+            found["logprobs"][index],
+            f"logprobs of completion {index}",
+        )
         if found["aborted"]:
             continue
         for key in ("finish", "stop", "texts"):

@@ -142,6 +142,7 @@ class Backoff:
     def release(self, req_ids: Sequence[str]) -> None:
         """Forgets requests, but not what their drafts saved."""
         for req_id in req_ids:
+            self._asked.pop(req_id, None)
             if (wait := self._waits.pop(req_id, None)) is not None:
                 usual = wait.saved if self._usual is None else self._usual
                 self._usual = usual + _FADE * (wait.saved - usual)

@@ -10,6 +10,7 @@ A workload's steps are calls of ``LLMEngine.step``, so a run repeats itself.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -157,6 +158,7 @@ class _Played:
 
     def _step(self, by_name: Mapping[str, _Life]) -> None:
         if self._engine.has_unfinished_requests():
+            self._await_grammars()
             for output in self._engine.step():
                 if output.request_id != _FLUSH:
                     by_name[output.request_id].take(output)
@@ -165,19 +167,28 @@ class _Played:
             waiting = [life.name for life in self.lives if not life.ended]
             raise RuntimeError(f"stuck: {_MOST_STEPS} steps, and {waiting} not done")
 
+    def _await_grammars(self) -> None:
+        """vLLM compiles grammars in threads; a run must not depend on their speed."""
+        requests = self._engine.engine_core.engine_core.scheduler.requests
+        for request in list(requests.values()):
+            structured = request.structured_output_request
+            while structured is not None and not structured.is_grammar_ready:
+                time.sleep(0.001)
+
     def _admit(self, number: int, life: _Life) -> None:
         request = life.request
         if life.born is not None:
             return
         before: list[int] = []
-        since = 0
         if (follows := request.get("follows")) is not None:
             other = self.lives[follows]
             if not other.ended:
                 return
             before = [*other.prompt, *other.answer()["tokens"][0]]
-        if self.step < request.get("arrival", 0) + since:
+        if self.step < request.get("arrival", 0):
             return
+        from vllm.exceptions import VLLMValidationError
+
         life.born = self.step
         life.prompt = [*before, *request["prompt"]][: self._longest]
         try:
@@ -189,7 +200,7 @@ class _Played:
                 lora_request=self._adapter(request.get("lora", 0)),
             )
             life.ids.append(str(given))
-        except ValueError as error:  # what vLLM refuses, it refuses with this
+        except (VLLMValidationError, ValueError) as error:
             life.refused, life.ended = type(error).__name__, True
 
     def _params(self, number: int, request: Mapping[str, Any]) -> Any:

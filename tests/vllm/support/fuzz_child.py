@@ -12,14 +12,24 @@ from vllm_specplugin.drafting import Drafter
 from vllm_specplugin.layout import StepLayout
 from vllm_specplugin.vllm import fuzz_process, runner_v1
 
+_WHOLE: list[tuple[Any, str, Any]] = []
+"""What has been replaced: where, by what name, and what was there."""
+
 
 def plant(llm: Any, request: dict[str, Any]) -> None:
-    """Breaks one part of the first runner's side, for good."""
+    """Breaks one part on purpose, or mends them all."""
     bug = request["bug"]
-    if bug in {"mask", "positions", "compaction"}:
-        break_part(llm, {"part": bug})
-    else:
+    while _WHOLE:
+        where, name, value = _WHOLE.pop()
+        setattr(where, name, value)
+    break_part(llm, {"part": bug})
+    if bug in _PLANTS:
         _PLANTS[bug]()
+
+
+def _replace(where: Any, name: str, value: Any) -> None:
+    _WHOLE.append((where, name, vars(where)[name]))
+    setattr(where, name, value)
 
 
 def _stop() -> None:
@@ -34,7 +44,7 @@ def _stop() -> None:
             request, self.max_model_len
         )
 
-    Scheduler._update_request_with_output = update
+    _replace(Scheduler, "_update_request_with_output", update)
 
 
 def _logprobs() -> None:
@@ -45,7 +55,7 @@ def _logprobs() -> None:
         roots = np.repeat(result.rows[:, :1], result.rows.shape[1], axis=1)
         return gather(sampler, ready, metadata, replace(result, rows=roots))
 
-    runner_v1.gather_logprobs = from_roots
+    _replace(runner_v1, "gather_logprobs", from_roots)
 
 
 def _deep_moves() -> None:
@@ -56,7 +66,7 @@ def _deep_moves() -> None:
         few = [replace(m, source=m.source[:2], target=m.target[:2]) for m in moves]
         return compact(runner, plan, few)
 
-    runner_v1.compact = first_two
+    _replace(runner_v1, "compact", first_two)
 
 
 def _cached_rows() -> None:
@@ -80,7 +90,7 @@ def _cached_rows() -> None:
                 kept.append(replace(move, source=source, target=target))
         return compact(runner, plan, kept)
 
-    runner_v1.compact = not_the_last
+    _replace(runner_v1, "compact", not_the_last)
 
 
 def _noise() -> None:
@@ -91,17 +101,17 @@ def _noise() -> None:
         places = np.concatenate([np.arange(n) for n in layout.counts.tolist()])
         return roots[layout.request_of_row] + places + 1
 
-    StepLayout.emit_positions = property(flat)
+    _replace(StepLayout, "emit_positions", property(flat))
 
 
 def _penalties() -> None:
     """Penalties and bad words do not see a node's ancestors."""
-    StepLayout.path_tokens = lambda layout, row: []
+    _replace(StepLayout, "path_tokens", lambda layout, row: [])
 
 
 def _release() -> None:
     """Nobody is told that requests are gone."""
-    Drafter.release = lambda self, req_ids: None
+    _replace(Drafter, "release", lambda self, req_ids: None)
 
 
 def _blocks() -> None:
@@ -115,7 +125,7 @@ def _blocks() -> None:
             return None
         return free(self, request, *args, **kwargs)
 
-    KVCacheManager.free = forgetful
+    _replace(KVCacheManager, "free", forgetful)
 
 
 _PLANTS = {
