@@ -19,7 +19,7 @@ WITHIN = {
     "positions": 10,
     "compaction": 10,
     "deep moves": 20,
-    "cached rows": 40,
+    "cached rows": 60,
     "stop": 40,
     "logprobs": 20,
     "noise": 10,
