@@ -33,7 +33,7 @@ BREAKABLE = functools.partial(start_engine, module="fuzz_child", path=str(SUPPOR
 
 
 def test_no_workload_changes_its_text() -> None:
-    plan = Plan(seed=26, workloads=60, runner="v1", per_frame=30)
+    plan = Plan(seed=935, workloads=60, runner="v1")
     coverage, failures = campaign(plan)
     assert [failure.describe() for failure in failures] == []
     counts = coverage.counts

@@ -9,6 +9,7 @@ neither flat nor certain, and wide enough for near ties to be rare.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def _write_model(folder: Path) -> None:
 def _scale(key: str) -> float:
     """Standard deviation of a layer's outputs, for inputs of about one."""
     if "embed" in key:
-        return _HIDDEN**0.5
+        return math.sqrt(_HIDDEN)
     if "q_proj" in key or "k_proj" in key:
         return 1.6  # sharp attention
     if "o_proj" in key or "v_proj" in key:

@@ -319,6 +319,7 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
     "vllm.v1.engine.llm_engine:LLMEngine.abort_request": ("self", "request_ids"),
     "vllm.v1.core.sched.scheduler:Scheduler.schedule": None,
     "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks": ("self",),
+    "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p_pytorch": None,
     "vllm.lora.request:LoRARequest": ("lora_name", "lora_int_id", "lora_path"),
     **SECOND_RUNNER,
 }
