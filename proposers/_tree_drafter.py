@@ -52,7 +52,7 @@ class TreeDrafter:
             0.02, "nodes less likely to be accepted are not drafted", low=0, high=1
         )
         spread: float = option(
-            0.8,
+            0.6,
             "how far the draft model's logits are off; higher means less confident",
             low=0.01,
         )

@@ -70,6 +70,27 @@ def test_same_text_and_same_logits_as_a_fresh_prefill(
 
 
 @pytest.mark.parametrize("drafting", ["chunked"], indirect=True)
+def test_what_the_model_knows_survives_resets_and_reloads(
+    drafting: Engine, prompts: list[list[int]]
+) -> None:
+    prompts = [[300, *prompt] for prompt in prompts[5:8]]
+
+    def text(**options: int) -> list[list[int]]:
+        return drafting.texts(
+            prompts, "-", temperature=1.0, max_tokens=12, extra_args=options
+        )
+
+    expected = text(spec_max_nodes=0)
+    drafting.ask("seen")
+    for what in ("reset", "reload", "reset", "sleep"):
+        assert text() == expected
+        drafting.ask("lifecycle", what=what)
+    assert text() == expected
+    seen = drafting.ask("seen")
+    assert seen["rows"] > 30 and seen["worst"] < CLOSE
+
+
+@pytest.mark.parametrize("drafting", ["chunked"], indirect=True)
 @pytest.mark.parametrize("part", ["blocks", "places", "positions"])
 def test_each_broken_part_is_caught(
     part: str, drafting: Engine, prompts: list[list[int]]

@@ -1,4 +1,4 @@
-"""``eagle`` and ``eagle3`` on vLLM: the text never changes, and what a head
+"""``eagle``, ``eagle3`` and ``mtp`` on vLLM: the text never changes, and what a head
 computes in the paged cache is what a fresh prefill of target and head computes.
 """
 
@@ -26,25 +26,29 @@ ARGUMENTS = ENGINES["chunked"] | {
     "kv_cache_memory_bytes": ENGINES["preempting"]["kv_cache_memory_bytes"]
     + 24 * _HEAD_BLOCK_BYTES
 }
-CHECKED = {"eagle": "CheckedEagle", "eagle3": "CheckedEagle3"}
+CHECKED = {"eagle": "CheckedEagle", "eagle3": "CheckedEagle3", "mtp": "CheckedMtp"}
 
 
 def starting(method: str, folder: Path) -> Engine:
     options: dict[str, Any] = dict(GROWTH)
+    arguments: dict[str, Any] = dict(ARGUMENTS)
     if method == "eagle":
         options["model"] = str(TARGET.parent / "eagle")
-    else:
+    elif method == "eagle3":
         options["model"] = str(spec_eagle.random_head(folder, layers=(1, 3, 4)))
+    else:
+        spec_eagle.mtp_target(folder)
+        arguments["model"] = str(folder)
     spec = {
         "proposer": f"spec_eagle:{CHECKED[method]}",
         "policy": "fixed",
         "max_nodes": MAX_NODES,
         "options": {"proposer": options, "draft_timeout_ms": 60_000.0},
     }
-    return start(method, spec, **ARGUMENTS)
+    return start(method, spec, **arguments)
 
 
-@pytest.fixture(scope="module", params=["eagle", "eagle3"])
+@pytest.fixture(scope="module", params=["eagle", "eagle3", "mtp"])
 def drafting(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
@@ -53,7 +57,7 @@ def drafting(
         yield one.wait_until_ready()
 
 
-ACCEPTED = {"eagle": 40, "eagle3": 0}
+ACCEPTED = {"eagle": 40, "eagle3": 0, "mtp": 5}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -58,8 +58,13 @@ class _Reference:
 
     def _prefill(self, text: list[int]) -> tuple[Tensor, Tensor, Past]:
         target, head = self._target, self._head
+        raw: list[Tensor] = []
+        hook = target.base_model.norm.register_forward_pre_hook(
+            lambda _, read: raw.append(read[0])
+        )
         found = target.base_model(torch.tensor([text]), output_hidden_states=True)
-        states = found.last_hidden_state
+        hook.remove()
+        states = raw[0] if isinstance(head, _MtpLayer) else found.last_hidden_state
         if layers := head.shape.layers:
             states = torch.cat([found.hidden_states[i] for i in layers], -1)
         rows = torch.arange(len(text) - 1)
@@ -99,7 +104,8 @@ class CheckedMtp(Checked, MtpProposer):
 
 
 class _MtpLayer(EagleHead):
-    """MiMo's, around the same decoder layer."""
+    """MiMo's, around the same decoder layer. Its target norms hidden states only
+    where it computes logits, so it reads them as they come."""
 
     def __init__(self, shape: EagleShape) -> None:
         super().__init__(shape)
