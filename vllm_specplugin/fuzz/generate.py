@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_specplugin.fuzz.adversary import FAULTY, MODES, PATH
+from vllm_specplugin.fuzz.adversary import DEVICE_PATH, FAULTY, MODES, PATH
 from vllm_specplugin.fuzz.adversary_device import DEVICE_MODES
 from vllm_specplugin.fuzz.workload import Frame, Request, Workload
 
@@ -110,7 +110,7 @@ def make_workload(seed: int, frame_number: int, number: int, frame: Frame) -> Wo
 
 def _drafting(rng: Rng, frame: Frame) -> dict[str, Any]:
     if frame.asynchronous:
-        proposer = "token_recycling" if rng.random() < 0.25 else PATH
+        proposer = "token_recycling" if rng.random() < 0.25 else DEVICE_PATH
         return {"proposer": proposer, "policy": "fixed", "options": {}}
     nodes = int(rng.integers(1, frame.max_nodes + 1))
     drafting: dict[str, Any] = {
