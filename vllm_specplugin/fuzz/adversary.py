@@ -18,9 +18,18 @@ import numpy.typing as npt
 from vllm_specplugin.draft import EMPTY_TREE, DraftTree
 from vllm_specplugin.interfaces import EngineInfo, ProposeContext, RequestView
 
-__all__ = ["FAULTY", "MODES", "PATH", "Adversary", "random_parents"]
+__all__ = [
+    "DEVICE_PATH",
+    "FAULTY",
+    "MODES",
+    "PATH",
+    "Adversary",
+    "DeviceAdversary",
+    "random_parents",
+]
 
 PATH = f"{__name__}:Adversary"
+DEVICE_PATH = f"{__name__}:DeviceAdversary"
 
 FAULTY = ("placeholder", "raises", "count", "malformed")
 """Modes whose drafts must be turned down and counted."""
@@ -68,12 +77,6 @@ class Adversary:
 
     def release(self, req_ids: Sequence[str]) -> None:
         self._live.difference_update(req_ids)
-
-    def on_device(self, nodes: int, device: Any) -> Any:
-        """Its half for asynchronous scheduling; see :mod:`.adversary_device`."""
-        from vllm_specplugin.fuzz.adversary_device import OnDevice
-
-        return OnDevice(self._vocab, nodes, device)
 
     def _draft(self, request: RequestView) -> DraftTree:
         asked = _asked(request)
@@ -139,6 +142,16 @@ class Adversary:
             case 5:
                 return "a tree"  # type: ignore[return-value]
         return None  # type: ignore[return-value]
+
+
+class DeviceAdversary(Adversary):
+    """Offers to draft on the device: what asynchronous scheduling takes."""
+
+    def on_device(self, nodes: int, device: Any) -> Any:
+        """Its half for asynchronous scheduling; see :mod:`.adversary_device`."""
+        from vllm_specplugin.fuzz.adversary_device import OnDevice
+
+        return OnDevice(self._vocab, nodes, device)
 
 
 _RAISED: tuple[Exception, ...] = (

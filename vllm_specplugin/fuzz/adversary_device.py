@@ -45,7 +45,7 @@ def use(mode: str, seed: int, truth: Truth) -> None:
 
 
 class OnDevice:
-    """Made by :class:`.adversary.Adversary`."""
+    """Made by :class:`.adversary.DeviceAdversary`."""
 
     needs_top = 0
 

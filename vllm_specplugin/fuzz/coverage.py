@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vllm_specplugin.fuzz.adversary import PATH
+from vllm_specplugin.fuzz.adversary import DEVICE_PATH, PATH
 from vllm_specplugin.fuzz.session import Verdict
 from vllm_specplugin.fuzz.workload import Frame, Request, Workload
 
@@ -47,7 +47,8 @@ class Coverage:
         drafting = workload.drafting
         name = drafting.get("proposer", PATH)
         own = f"adversary ({workload.device})" if frame.asynchronous else "adversary"
-        self._add("drafting", own if name == PATH else f"proposer {name}")
+        hostile = name in {PATH, DEVICE_PATH}
+        self._add("drafting", own if hostile else f"proposer {name}")
         self._add("drafting", f"policy {drafting.get('policy', 'fixed')}")
         outputs = verdict.got.get("outputs", [])
         for request, output in zip(workload.requests, outputs):

@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 
 from vllm_specplugin.engines import EngineError, EngineProcess
 from vllm_specplugin.errors import ConfigError, complain
-from vllm_specplugin.fuzz.adversary import PATH
+from vllm_specplugin.fuzz.adversary import DEVICE_PATH, PATH
 from vllm_specplugin.fuzz.compare import compare, compare_texts
 from vllm_specplugin.fuzz.generate import PLUGIN
 from vllm_specplugin.fuzz.models import make_adapters, make_model
@@ -74,7 +74,7 @@ class Session:
         case = Case(frame=self.frame, workload=workload)
         none = {**workload.drafting, "proposer": "none", "policy": "fixed"}
         if self.frame.asynchronous:
-            none["proposer"] = PATH
+            none["proposer"] = DEVICE_PATH
         none["options"] = {}
         try:
             truth = self._play(workload, False, none, None, aborts=False)
@@ -198,7 +198,7 @@ def start_engine(
     elif path:
         environment["PYTHONPATH"] = path
     speculate = {
-        "proposer": PATH,
+        "proposer": DEVICE_PATH if frame.asynchronous else PATH,
         "policy": "fixed",
         "max_nodes": frame.max_nodes,
         "options": dict(PLUGIN),
