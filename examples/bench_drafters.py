@@ -3,8 +3,9 @@
     python examples/bench_drafters.py speed --batch 1 4 16 --rounds 3 --json FILE
     python examples/bench_drafters.py acceptance --batch 1 4 16 --traces FOLDER
 
-``speed`` runs vLLM without speculation and the plugin with each proposer in turn,
-on the inflated target and under one policy; ratios are taken within a round.
+``speed`` runs vLLM without speculation, vLLM's own drafters (mended where they are
+broken on a CPU at temperature > 0) and the plugin with each proposer in turn, on the
+inflated target and under one policy; ratios are taken within a round.
 ``acceptance`` counts tokens per request and step with a fixed number of nodes on
 the small target, which computes the same; with ``--traces`` it also records what
 ``specplugin calibration`` reads. Both use held-out prompts.
@@ -31,6 +32,12 @@ from vllm_specplugin.engines import EngineProcess
 SHARED = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """For runs in which time does not matter: leaves the machine to others."""
 DRAFT = {"model": str(model_path("draft"))}
+NATIVE = {
+    "vLLM ngram 4": ("ngram", ""),
+    "vLLM draft_model 4": ("draft_model", DRAFT["model"]),
+    "vLLM eagle 4": ("eagle", ""),
+}
+"""vLLM's methods and their models; the head is told at the start."""
 ON_HEAD = "plugin, eagle"
 """The engine that has an EAGLE head in the draft model's place."""
 
@@ -74,17 +81,24 @@ def settings(chosen: dict[str, Any], policy: str, **more: Any) -> dict[str, Any]
 def start(
     name: str, model: str, head: Path, eager: bool, **environment: str
 ) -> EngineProcess:
-    """One engine; with the plugin also the draft model or the head is loaded."""
+    """One engine, by its name."""
     loaded = {
         PLAIN: None,
         "plugin": {"proposer": "draft_model", "options": {"proposer": DRAFT}},
         ON_HEAD: {"proposer": "eagle", "options": {"proposer": {"model": str(head)}}},
     }
-    made = {
+    made: dict[str, Any] = {
         "model": model,
         "engine": {**ENGINE, "enforce_eager": eager},
-        "speculate": loaded[name],
+        "speculate": loaded.get(name),
     }
+    if name in NATIVE:
+        method, weights = NATIVE[name]
+        own = {"method": method, "num_speculative_tokens": 4}
+        if method != "ngram":
+            own["model"] = weights or str(head)
+        made["engine"]["speculative_config"] = own
+        made["mend"] = True
     environment["VLLM_CPU_KVCACHE_SPACE"] = "2"
     return EngineProcess(name, made, environment=environment)
 
@@ -99,7 +113,8 @@ def speed(args: Any) -> dict[str, Any]:
         if args.only is None or name in {"no drafts", *args.only}
     }
     names = sorted({engine_of(name) for name in variants})
-    running = {name: start(name, large, head, args.eager) for name in [PLAIN, *names]}
+    names = [PLAIN, *(args.native or ()), *names]
+    running = {name: start(name, large, head, args.eager) for name in names}
     return measure(args, running, variants, engine_of)
 
 
@@ -164,6 +179,7 @@ def main() -> None:
     parser.add_argument("--heads", type=Path, default=model_path("medusa"))
     parser.add_argument("--eagle", type=Path, default=model_path("eagle"))
     parser.add_argument("--only", nargs="*", help="names of proposers")
+    parser.add_argument("--native", nargs="*", choices=NATIVE, help="of speed: vLLM's")
     parser.add_argument("--policy", default="goodput", help="of speed")
     parser.add_argument("--prompts", type=int, default=32, help="of acceptance")
     parser.add_argument("--traces", type=Path, help="folder to record to")
