@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from vllm_specplugin.engines import EngineError
 
-from .conftest import SWITCH, start
+from .conftest import SWITCH, Engine, start
 
 
-def test_text_is_the_same_as_without_drafts(
-    prompts: list[list[int]], tmp_path: Path
+def test_text_is_that_of_one_rank_without_drafts(
+    prompts: list[list[int]], engine: Callable[[str], Engine], tmp_path: Path
 ) -> None:
     # `goodput` decides by measured times, which differ between ranks.
     spec = {
@@ -30,6 +31,8 @@ def test_text_is_the_same_as_without_drafts(
     with start("two ranks", spec, bind, tensor_parallel_size=2) as two:
         for temperature in (0.0, 1.0):
             expected = two.texts(prompts, "none", temperature=temperature)
+            one = engine("uncached").texts(prompts, "none", temperature=temperature)
+            assert expected == one
             for use in ("suffix", "oracle"):
                 oracle = expected if use == "oracle" else None
                 got = two.texts(prompts, use, temperature=temperature, oracle=oracle)
