@@ -32,6 +32,20 @@ class Case:
     seed: int = 0
 
 
+PAIR = Case(contexts=(15, 33), causal=(1, 1), nodes=(7, 12))
+SHAPES = {
+    "ragged": Case(),
+    "block boundaries": Case(
+        contexts=(14, 15, 16, 17, 31), causal=(1,) * 5, nodes=(1, 16, 15, 17, 2)
+    ),
+    "no context": Case(contexts=(0, 0, 0), causal=(0, 1, 0), nodes=(5, 4, 0)),
+    "decodes and prompts between": Case(
+        contexts=(20, 0, 33, 7), causal=(1, 19, 1, 1), nodes=(0, 0, 5, 0)
+    ),
+}
+"""Where requests end and begin; every kernel has to be right on them."""
+
+
 @dataclass
 class Call:
     """Arguments of ``tree_attention``, and the trees behind them."""

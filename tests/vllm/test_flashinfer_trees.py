@@ -27,19 +27,11 @@ from vllm_specplugin.vllm.tree_attention.flashinfer import (
 from . import fake_flashinfer
 from .fake_flashinfer import BatchPrefillWithPagedKVCacheWrapper as Double
 from .interpreted.layers import DECODES, WITH_PROMPT, Layer, close, plan_of, run
-from .paged import UNTOUCHED, Call, Case, by_path, random_call
+from .paged import PAIR, SHAPES, UNTOUCHED, Call, Case, by_path, random_call
 
 CPU = torch.device("cpu")
-PAIR = Case(contexts=(15, 33), causal=(1, 1), nodes=(7, 12))
 CASES = {
-    "ragged": Case(),
-    "block boundaries": Case(
-        contexts=(14, 15, 16, 17, 31), causal=(1,) * 5, nodes=(1, 16, 15, 17, 2)
-    ),
-    "no context": Case(contexts=(0, 0, 0), causal=(0, 1, 0), nodes=(5, 4, 0)),
-    "decodes and prompts between": Case(
-        contexts=(20, 0, 33, 7), causal=(1, 19, 1, 1), nodes=(0, 0, 5, 0)
-    ),
+    **SHAPES,
     "one key head": replace(PAIR, heads=7, kv_heads=1),
     "blocks of 32": replace(PAIR, block_size=32),
     "bfloat16": replace(PAIR, dtype=torch.bfloat16, head_size=128),

@@ -18,7 +18,7 @@ from vllm_specplugin.vllm.tree_attention import device_reference as reference
 from vllm_specplugin.vllm.tree_attention import kernels
 from vllm_specplugin.vllm.tree_attention import triton as device
 
-from ..paged import UNTOUCHED, Call, Case, random_call
+from ..paged import PAIR, SHAPES, UNTOUCHED, Call, Case, random_call
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 SMALL = device.Launch(block_m=16, block_n=16, splits=1, warps=4, stages=2)
@@ -34,16 +34,8 @@ def difference(call: Call, **options: Any) -> float:
     return float((expected.float() - found.float()).abs().max())
 
 
-PAIR = Case(contexts=(15, 33), causal=(1, 1), nodes=(7, 12))
 CASES = {
-    "ragged": Case(),
-    "block boundaries": Case(
-        contexts=(14, 15, 16, 17, 31), causal=(1,) * 5, nodes=(1, 16, 15, 17, 2)
-    ),
-    "no context": Case(contexts=(0, 0, 0), causal=(0, 1, 0), nodes=(5, 4, 0)),
-    "decodes and prompts between": Case(
-        contexts=(20, 0, 33, 7), causal=(1, 19, 1, 1), nodes=(0, 0, 5, 0)
-    ),
+    **SHAPES,
     "one head": replace(PAIR, heads=1, kv_heads=1),
     "three query heads": replace(PAIR, heads=6),
     "seven query heads": replace(PAIR, heads=7, kv_heads=1),
