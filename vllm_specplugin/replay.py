@@ -112,7 +112,8 @@ def load_recording(paths: Sequence[Path]) -> Recording:
             concurrency = max(concurrency, len(record["r"]))
             _learn_times(times, record)
             for number, length, sampled, _, _, tokens in record["r"]:
-                text = known.setdefault(number, _Text(length, bool(sampled)))
+                text = known.setdefault(number, _Text(length, sampled=False))
+                text.sampled |= bool(sampled)  # unknown before the first draft
                 text.tokens.update(enumerate(tokens, start=length))
             for number, length, tokens, parents, estimates, _ in record.get("f", ()):
                 if number in known:
