@@ -51,6 +51,7 @@ class LinearTime:
         spread: prior standard deviation of each.
         memory: steps after which an old one counts for 1/e.
         noise: relative standard deviation of one measurement.
+        opening: measurements that set the scale together.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class LinearTime:
         *,
         memory: float = 1000.0,
         noise: float = 0.1,
+        opening: int = 4,
     ) -> None:
         self._prior = np.diag(spread**-2.0)
         self._prior_moment = self._prior @ mean
@@ -69,6 +71,7 @@ class LinearTime:
         self._keep = 1.0 - 1.0 / memory
         self._noise = noise
         self._opening: list[tuple[Floats, float, float]] = []
+        self._open = opening
         self._stale = False
         self.scale: float | None = None
         """Seconds per unit; ``None`` until the first steps were seen."""
@@ -97,7 +100,7 @@ class LinearTime:
             # The scale has to be robust: first steps pay for compilation. It is
             # set so that the prior is right about the quickest of them.
             self._opening.append((features, seconds, weight))
-            if len(self._opening) < 4:
+            if len(self._opening) < self._open:
                 return
             self.scale = min(
                 took / max(float(self.relative(step)), 1e-3)
@@ -208,7 +211,9 @@ class StepTimeModel:
         mean = np.array([0.95, 0.01, *[0.0] * knots, 0.005, 0.005, 0.003])
         spread = np.array([0.5, 0.03, *[0.02] * knots, 0.02, 0.02, 0.01])
         self._step = LinearTime(mean, spread)
-        self._draft = LinearTime(np.array([0.5, 0.5]), np.array([0.5, 0.5]), noise=0.3)
+        self._draft = LinearTime(
+            np.array([0.85, 0.15]), np.array([0.5, 0.3]), noise=0.3, opening=1
+        )
         self._gap = LinearTime(np.array([0.5, 0.1]), np.array([0.5, 0.2]), noise=0.3)
         self._unlearnt: list[tuple[StepShape, float, float]] = []
         self.largest = 0

@@ -26,12 +26,14 @@ class Engine:
     """Requests that draft chains; every token of them is right with
     probability ``truth`` given the one before."""
 
-    def __init__(self, *, claim, truth, row_ms=1.0, depth=8, draft_ms=0.05, seed=0):
+    def __init__(
+        self, *, claim, truth, row_ms=1.0, depth=8, draft_ms=0.05, call_ms=0.0, seed=0
+    ):
         self.claim, self.truth, self.row_ms = claim, truth, row_ms
-        self.depth, self.draft_ms = depth, draft_ms
+        self.depth, self.draft_ms, self.call_ms = depth, draft_ms, call_ms
         self.random = np.random.default_rng(seed)
         self.now = 0.0
-        self.asked = 0
+        self.asked = self.calls = 0
         self.policy = policy()
         config = SpecConfig(proposer="none")
         self.drafter = Drafter(
@@ -43,7 +45,8 @@ class Engine:
 
     def propose(self, ctx):
         self.asked += len(ctx.requests)
-        self.now += self.draft_ms * 1e-3 * len(ctx.requests)
+        self.calls += 1
+        self.now += (self.call_ms + self.draft_ms * len(ctx.requests)) * 1e-3
         tree = DraftTree.chain(
             list(range(1, self.depth + 1)), [self.claim] * self.depth
         )
@@ -205,7 +208,19 @@ def test_drafting_that_never_pays_stops_but_for_probes():
 def test_cheap_drafting_goes_on_in_every_step():
     engine = Engine(claim=0.5, truth=0.02, draft_ms=0.001)
     engine.run(2, 200)
-    assert engine.asked == 2 * 200
+    assert engine.asked >= 2 * 200 - 5  # at first for one, to see what it costs
+
+
+@pytest.mark.parametrize("requests", [1, 4, 16])
+@pytest.mark.parametrize("truth", [0.02, 0.3])
+def test_a_dear_proposer_is_given_up_after_few_calls(requests, truth):
+    """True claims that are not worth a call. What a call takes, and what it saves
+    in seconds, is known after the first few."""
+    engine = Engine(claim=truth, truth=truth, call_ms=16.0, draft_ms=1.0, row_ms=3.0)
+    engine.run(requests, 120)
+    assert engine.calls <= 20
+    assert engine.asked <= 6 * requests + 20
+    assert engine.goodput(40) > 0.97 * plain(requests, 3.0)
 
 
 def test_nothing_is_verified_without_gain_but_now_and_then_to_measure():

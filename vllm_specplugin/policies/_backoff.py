@@ -1,11 +1,15 @@
 """Who drafts in a step: calling a proposer has to pay, too.
 
 A call takes ``fixed + marginal x requests`` seconds. A request whose drafts save
-less than the marginal part goes without for 1, 2, 4 ... steps; if those that are
+less than the marginal part goes without for 2, 3, 5, 8 ... steps; if those that are
 left do not save what the call takes, all go without in the same way. What drafts
-save is the expectation of the policy, corrected by how far the text followed
-them beyond what was expected, so that both a change for the better and a
-flattering proposer are noticed from few calls.
+save is what the policy expected of them, corrected by how far the text followed
+them beyond that, so that both a change for the better and a flattering proposer
+are noticed from few calls.
+
+While calls do not pay, and before it is known whether they do, a few requests are
+drafted for and speak for all: that costs less and says as much about the others. A
+new request is presumed to be like those before it, the first to save a token.
 """
 
 from __future__ import annotations
@@ -16,26 +20,33 @@ from dataclasses import dataclass
 
 __all__ = ["Backoff"]
 
-_LONGEST = 64
-_TRIED = 8
-"""After so long a wait of all, only one in so many requests is tried."""
+_LONGEST = 256
+_SLOWER = 1.5
+"""Factor from one wait to the next."""
 
-_SURPRISING = 0.25
 _FADE = 0.2
-"""Share of the newest call in what drafts of a request are known to save."""
+"""Least share of the newest call in what drafts are known to save."""
 
 
 @dataclass(slots=True)
 class _Wait:
-    left: int = 0
-    """Steps still to go without."""
+    due: int = 0
+    """Step in which it is its turn."""
     period: int = 1
     saved: float = 0.0
-    """Seconds that recent drafts saved, per call."""
+    """Seconds that recent drafts saved, per call and request."""
+    calls: int = 0
 
-    def judge(self, pays: bool, longest: int) -> None:
-        self.period = 1 if pays else min(2 * self.period, longest)
-        self.left = self.period - 1
+    def judge(self, pays: bool, now: int, longest: int) -> None:
+        self.period = 1 if pays else min(1 + int(_SLOWER * self.period), longest)
+        self.due = now + self.period
+
+    def learn(self, saved: float) -> None:
+        self.calls += 1
+        self.saved += max(_FADE, 1 / (1 + self.calls)) * (saved - self.saved)
+
+
+_NEW = _Wait()
 
 
 class Backoff:
@@ -48,39 +59,44 @@ class Backoff:
     def __init__(self, share: float) -> None:
         self._share = share
         self._waits: dict[str, _Wait] = {}
-        self._batch = _Wait()
+        self._batch = _Wait(period=2, calls=-1)
+        """All of them: how those drafted for did on average, nothing presumed."""
         self._usual: float | None = None
         """Seconds that a call saved requests that are gone, newer ones more."""
-        self._asked: dict[str, float] = {}
-        """Requests of the last call, and the accepted tokens expected of each."""
-        self._turn = 0
-        self._worth = 0.0
-        self._alone = 0.0
+        self._asked: list[str] = []
+        """Requests of the last call."""
+        self._foreseen: dict[str, tuple[float, float]] = {}
+        """Seconds that their drafts should save, and the accepted tokens expected
+        of them."""
+        self._now = self._turn = 0
+        """Steps so far, and where among those due the next few are taken."""
+        self._planned = False
+        """Whether it was the turn of the batch."""
+        self._worth = self._allowed = 0.0
+        self._call: Callable[[int], float] = lambda _: 0.0
 
     def turns(self, req_ids: Sequence[str], limits: Sequence[int]) -> list[int]:
         """The limits of those whose turn it is, 0 for the others."""
-        self._asked = {}
-        budgets = list(limits)
-        fresh = any(n and r not in self._waits for r, n in zip(req_ids, limits))
-        if self._batch.left > 0 and not (fresh and self._presumed() > self._alone):
-            self._batch.left -= 1
-            return [0] * len(budgets)
-        # After a long wait a few are tried for all: a draft model has to catch up
-        # on all that it missed.
-        few = None
-        if self._batch.period >= _TRIED and not fresh:
-            few = math.ceil(len(budgets) / _TRIED)
-        first, self._turn = self._turn, self._turn + (few or 0)
-        for k in range(len(budgets)):
-            i = (first + k) % len(budgets)
-            wait = self._waits.get(req_ids[i])
-            if wait is not None and wait.left > 0:
-                wait.left -= 1
-                budgets[i] = 0
-            elif budgets[i] and len(self._asked) == few:
-                budgets[i] = 0
-            elif budgets[i]:
-                self._asked[req_ids[i]] = 0.0
+        self._now += 1
+        self._asked, self._foreseen = [], {}
+        self._planned = self._batch.due <= self._now
+        due = [
+            i
+            for i, (req_id, limit) in enumerate(zip(req_ids, limits))
+            if limit and self._waits.get(req_id, _NEW).due <= self._now
+        ]
+        if not self._planned:
+            # A new one may pay for a call of its own.
+            hopeful = self._usual is None or self._usual > self._call(1)
+            due = [i for i in due if hopeful and req_ids[i] not in self._waits]
+        if due and self._batch.period > 1:
+            few = _few(len(req_ids))
+            first, self._turn = self._turn % len(due), self._turn + few
+            due = (due[first:] + due[:first])[:few]
+        budgets = [0] * len(req_ids)
+        for i in due:
+            budgets[i] = limits[i]
+            self._asked.append(req_ids[i])
         return budgets
 
     def learn(
@@ -103,54 +119,65 @@ class Backoff:
             requests: of the step.
             call: seconds of a call of the proposer for some requests.
         """
-        drafting = list(self._asked)
-        if not drafting:
+        if not self._asked:
             return
-        self._worth, self._alone = worth, call(1)
-        marginal = max(0.0, call(2) - call(1))
-        allowed = self._share * step
-        for req_id in drafting:
-            self._asked[req_id] = expected[req_id]
-            wait = self._waits.setdefault(
-                req_id, _Wait(saved=self._presumed(step / requests))
-            )
-            wait.saved += _FADE * (saved[req_id] - wait.saved)
-            wait.judge(wait.saved > marginal, _longest(marginal, allowed / requests))
-        known = [self._waits[r].saved for r in saved if r in self._waits]
-        paying = [seconds for seconds in known if seconds > marginal]
-        cost = call(len(paying))
-        self._batch.judge(bool(paying) and sum(paying) > cost, _longest(cost, allowed))
+        self._worth, self._call = worth, call
+        self._allowed = self._share * step
+        presumed = self._usual
+        if presumed is None:
+            known = self._batch.calls >= 0
+            presumed = self._batch.saved if known else step / requests
+        for req_id in self._asked:
+            self._foreseen[req_id] = saved[req_id], expected[req_id]
+            self._waits.setdefault(req_id, _Wait(saved=presumed))
 
     def observe(self, req_ids: Sequence[str], foreseen: Sequence[int]) -> None:
         """After verification: how far the text followed what was drafted."""
-        surprise = 0.0
+        if not self._foreseen:
+            return
+        every = len(req_ids)
+        marginal = max(0.0, self._call(2) - self._call(1))
+        longest = _longest(marginal, self._allowed / max(1, every))
+        found = []
         for req_id, right in zip(req_ids, foreseen):
-            wait = self._waits.get(req_id)
-            if wait is None or req_id not in self._asked:
+            if req_id not in self._foreseen:
                 continue
-            gained = _FADE * (right - self._asked[req_id]) * self._worth
-            wait.saved += gained
-            surprise += gained
-            if wait.saved > self._alone:
-                wait.left = 0
-        if surprise > _SURPRISING * self._alone and self._batch.left:
-            # Better than thought: all are tried again.
-            self._batch.left, self._batch.period = 0, _TRIED // 2
-            for wait in self._waits.values():
-                wait.left = 0
+            wait, (saved, expected) = self._waits[req_id], self._foreseen[req_id]
+            found.append(saved + (right - expected) * self._worth)
+            wait.learn(found[-1])
+            wait.judge(wait.saved > marginal, self._now, longest)
+        if found:
+            self._batch.learn(sum(found) / len(found))
+        self._judge_batch(req_ids, marginal)
+
+    def _judge_batch(self, req_ids: Sequence[str], marginal: float) -> None:
+        every, few = len(req_ids), self._batch.period > 1
+        known = [self._waits[r].saved for r in req_ids if r in self._waits]
+        paying = [seconds for seconds in known if seconds > marginal]
+        pays = bool(paying) and sum(paying) > self._call(len(paying))
+        pays |= few and self._batch.saved * every > self._call(every)
+        if pays or self._planned:
+            longest = _longest(self._call(_few(every)), self._allowed)
+            self._batch.judge(pays, self._now, longest)
+        if few and pays:
+            for req_id, wait in self._waits.items():
+                if req_id not in self._foreseen:
+                    wait.saved = max(wait.saved, self._batch.saved)
+                    wait.due = wait.calls = 0
 
     def release(self, req_ids: Sequence[str]) -> None:
         """Forgets requests, but not what their drafts saved."""
         for req_id in req_ids:
-            self._asked.pop(req_id, None)
+            self._foreseen.pop(req_id, None)
             if (wait := self._waits.pop(req_id, None)) is not None:
                 usual = wait.saved if self._usual is None else self._usual
                 self._usual = usual + _FADE * (wait.saved - usual)
 
-    def _presumed(self, first: float = math.inf) -> float:
-        """What a new request's drafts save: what others' did, at first a token."""
-        return first if self._usual is None else self._usual
-
 
 def _longest(cost: float, allowed: float) -> int:
     return min(_LONGEST, max(1, math.ceil(cost / max(allowed, 1e-9))))
+
+
+def _few(requests: int) -> int:
+    """How many are tried for so many."""
+    return math.ceil(math.sqrt(requests))

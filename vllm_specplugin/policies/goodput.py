@@ -181,9 +181,12 @@ class GoodputPolicy:
         ahead = min(kept + _AHEAD, len(seconds) - 1)
         per_node = (float(seconds[ahead]) - took) / max(1, ahead - kept)
         # Proposers grow by these: an average, or deep and shallow trees alternate.
-        self._pace += _STEADY * (self._rate - self._pace)
+        share = _STEADY if self._pace else 1.0
+        self._pace += share * (self._rate - self._pace)
         price_now = self._rate * max(0.0, per_node)
         self._node_price += _STEADY * (price_now - self._node_price)
+        if not self._times.ready:
+            return
         # What a token is worth: the time it would take without drafts.
         worth, extra = plain / requests, (took - plain) / max(kept, 1)
         gain = ctx.survival * worth - price - extra
