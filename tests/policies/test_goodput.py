@@ -211,6 +211,17 @@ def test_cheap_drafting_goes_on_in_every_step():
     assert engine.asked >= 2 * 200 - 5  # at first for one, to see what it costs
 
 
+def test_proposers_are_told_a_rate_in_seconds_or_none():
+    engine = Engine(claim=0.5, truth=0.5)
+    told = []
+    for _ in range(12):
+        engine.run(1, 1)
+        told.append(engine.policy.rate)
+    known = [rate for rate in told if rate]
+    assert 0 < told.index(known[0]) < 8 and len(known) == 12 - told.index(known[0])
+    assert all(0.5 * plain(1) < rate < 3 * plain(1) for rate in known)
+
+
 @pytest.mark.parametrize("requests", [1, 4, 16])
 @pytest.mark.parametrize("truth", [0.02, 0.3])
 def test_a_dear_proposer_is_given_up_after_few_calls(requests, truth):

@@ -174,6 +174,8 @@ class GoodputPolicy:
     ) -> None:
         requests, kept = len(ctx.req_ids), int(keep.sum())
         self._without = 0 if kept else self._without + 1
+        if not self._times.ready:
+            return  # no seconds yet
         plain = float(seconds[0])
         took = float(seconds[min(kept, len(seconds) - 1)])
         tokens = requests + float(ctx.survival[keep].sum())
@@ -184,9 +186,7 @@ class GoodputPolicy:
         share = _STEADY if self._pace else 1.0
         self._pace += share * (self._rate - self._pace)
         price_now = self._rate * max(0.0, per_node)
-        self._node_price += _STEADY * (price_now - self._node_price)
-        if not self._times.ready:
-            return
+        self._node_price += share * (price_now - self._node_price)
         # What a token is worth: the time it would take without drafts.
         worth, extra = plain / requests, (took - plain) / max(kept, 1)
         gain = ctx.survival * worth - price - extra
