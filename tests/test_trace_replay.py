@@ -49,7 +49,9 @@ class Guesser:
         pass
 
 
-def record(path, policy, options=None, *, requests=3, length=60, limit=5.0):
+def record(
+    path, policy, options=None, *, requests=3, length=60, limit=5.0, greedy=True
+):
     """An engine in which a step takes 20 ms and 1 ms per row."""
     made = build(
         SpecConfig(policy=policy, options={"policy": options or {}}), "policy", ENGINE
@@ -86,13 +88,13 @@ def record(path, policy, options=None, *, requests=3, length=60, limit=5.0):
         for name, _, _, accepted in outcomes:
             at[int(name)] += accepted + 1
         at = {r: p for r, p in at.items() if p < PROMPT + length}
-        drafted = drafter.draft([request_at(r, p) for r, p in at.items()])
+        drafted = drafter.draft([request_at(r, p, greedy) for r, p in at.items()])
         trees = {r: tree for r, tree in zip(at, drafted) if len(tree)}
     drafter.trace.close()
     return steps
 
 
-def request_at(request, position):
+def request_at(request, position, greedy=True):
     def view(nodes):
         return RequestView(
             req_id=str(request), tokens=np.zeros(position, dtype=np.int32),
@@ -101,8 +103,8 @@ def request_at(request, position):
         )  # fmt: skip
 
     return DraftRequest(
-        view=view, req_id=str(request), limit=8, num_tokens=position, greedy=True,
-        options={},
+        view=view, req_id=str(request), limit=8, num_tokens=position,
+        greedy=greedy, options={},
     )  # fmt: skip
 
 
@@ -170,6 +172,13 @@ def test_policies_are_compared_in_the_recorded_engine(shadow, tmp_path):
     assert base.nodes == 0 and base.tokens == best.tokens
     assert best.tokens_per_s > 1.5 * base.tokens_per_s
     assert best.seconds < base.seconds
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_requests_that_sample_are_replayed_as_such(tmp_path, greedy):
+    record(tmp_path / "t.gz", "shadow", greedy=greedy)
+    texts = load_recording([tmp_path / "t.gz"]).texts
+    assert [text.sampled for text in texts] == [not greedy] * 3
 
 
 def test_the_load_may_change_by_step(shadow):

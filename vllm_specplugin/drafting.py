@@ -21,7 +21,7 @@ from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.draft import EMPTY_TREE, DraftTree
 from vllm_specplugin.draft_request import DraftRequest
 from vllm_specplugin.errors import DraftTreeError, complain
-from vllm_specplugin.forest import Drafted, Forest
+from vllm_specplugin.forest import Drafted, Forest, compiled
 from vllm_specplugin.interfaces import (
     BudgetContext,
     EngineInfo,
@@ -78,6 +78,7 @@ class Drafter:
         self._logged: set[str] = set()
         self._last: Drafted | None = None
         self.calibration = Calibration()
+        compiled()
         self.trace: TraceWriter | None = None
         self._sampled: dict[str, bool] = {}
         self.enabled = True

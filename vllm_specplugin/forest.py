@@ -7,7 +7,8 @@ steps of the engine, so they work on arrays and not on tree objects.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from vllm_specplugin.draft_probs import DraftProbs
 if TYPE_CHECKING:
     from vllm_specplugin.draft_request import DraftRequest
 
-__all__ = ["Drafted", "Forest", "Labels"]
+__all__ = ["Drafted", "Forest", "Labels", "compiled"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -57,6 +58,12 @@ class Forest:
     """``[nodes]`` acceptance given that the parent is accepted."""
     draft_probs: tuple[DraftProbs | None, ...] = ()
     """``[trees]`` what each was drawn from; empty if none says so."""
+    owner: Ints = field(init=False)
+    """``[nodes]`` index of each node's tree."""
+
+    def __post_init__(self) -> None:
+        owner = np.repeat(np.arange(len(self.starts) - 1), self.sizes)
+        object.__setattr__(self, "owner", owner)
 
     @classmethod
     def of(cls, trees: Sequence[DraftTree]) -> Forest:
@@ -87,40 +94,18 @@ class Forest:
         """``[trees]`` nodes of each tree."""
         return np.diff(self.starts)
 
-    @property
-    def owner(self) -> Ints:
-        """``[nodes]`` index of each node's tree."""
-        return np.repeat(np.arange(len(self.starts) - 1), self.sizes)
-
     def with_estimates(self, estimates: Floats) -> Forest:
         """The same trees with other estimates."""
         return replace(self, estimates=estimates)
 
     def survival(self) -> Floats:
         """``[nodes]`` product of the estimates along each node's path."""
-        survival = self.estimates.copy()
-        for depth in range(2, int(self.depths.max(initial=0)) + 1):
-            level = np.flatnonzero(self.depths == depth)
-            survival[level] *= survival[self.parents[level]]
-        return survival
+        product: Floats = compiled().survival(self.parents, self.estimates)
+        return product
 
     def off_chain(self) -> Bools:
         """``[nodes]`` whether a node lies beside its tree's best chain."""
-        off = np.ones(len(self), dtype=np.bool_)
-        # Siblings of one parent, the likeliest last; of equals the first wins.
-        order = np.lexsort(
-            (-np.arange(len(self)), self.estimates, self.parents, self.owner)
-        )
-        parents, owner = self.parents[order], self.owner[order]
-        last = np.ones(len(self), dtype=np.bool_)
-        last[:-1] = (parents[1:] != parents[:-1]) | (owner[1:] != owner[:-1])
-        best = order[last]
-        favourite = np.zeros(len(self), dtype=np.bool_)
-        favourite[best] = True
-        for depth in range(1, int(self.depths.max(initial=0)) + 1):
-            level = np.flatnonzero((self.depths == depth) & favourite)
-            above = self.parents[level]
-            off[level] = np.where(above >= 0, off[above], False)
+        off: Bools = compiled().off_chain(self.owner, self.parents, self.estimates)
         return off
 
     def closed(self, keep: Bools) -> bool:
@@ -196,24 +181,13 @@ class Forest:
             The children of every node the walk visited, labelled by whether the
             text went there. A walk ends where the text or the tree does.
         """
-        at = np.full(len(self.starts) - 1, -1, dtype=np.int64)
-        walking = np.ones(len(at), dtype=np.bool_)
-        owner = self.owner
-        nodes, hits = [], []
-        for column in emitted.T:
-            walking = walking & (column >= 0)
-            found = np.flatnonzero(walking[owner] & (self.parents == at[owner]))
-            if not len(found):
-                break
-            hit = self.tokens[found] == column[owner[found]]
-            nodes.append(found)
-            hits.append(hit)
-            walking[:] = False
-            walking[owner[found[hit]]] = True
-            at[owner[found[hit]]] = found[hit]
-        if not nodes:
-            return Labels(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_))
-        return Labels(np.concatenate(nodes), np.concatenate(hits))
+        nodes = np.empty(len(self), dtype=np.int64)
+        hits = np.empty(len(self), dtype=np.bool_)
+        found = compiled().follow(
+            self.starts, self.parents, self.tokens,
+            np.ascontiguousarray(emitted, dtype=np.int64), nodes, hits,
+        )  # fmt: skip
+        return Labels(nodes[:found], hits[:found])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,3 +228,16 @@ class Drafted:
         """``[nodes]`` whether the text says if the node would be accepted: of
         drawn ones only the verified, the others would have met another coin."""
         return self.kept | ~self.forest.drawn[self.forest.owner]
+
+
+@lru_cache(maxsize=1)
+def compiled() -> Any:
+    """The walks over trees, compiled when first asked for: before serving."""
+    from vllm_specplugin import _forest_compiled as walks
+
+    ints, floats = np.zeros(0, dtype=np.int64), np.zeros(0)
+    starts, text = np.zeros(1, dtype=np.int64), np.zeros((0, 1), dtype=np.int64)
+    walks.survival(ints, floats)
+    walks.off_chain(ints, ints, floats)
+    walks.follow(starts, ints, ints, text, ints, np.zeros(0, dtype=np.bool_))
+    return walks

@@ -42,7 +42,7 @@ class _Text:
 
     start: int
     """Context length when the first token was emitted."""
-    sampled: bool
+    sampled: bool = False
     tokens: dict[int, int] = field(default_factory=dict)
     """Position to token."""
     trees: dict[int, DraftTree] = field(default_factory=dict)
@@ -112,14 +112,13 @@ def load_recording(paths: Sequence[Path]) -> Recording:
             concurrency = max(concurrency, len(record["r"]))
             _learn_times(times, record)
             for number, length, sampled, _, _, tokens in record["r"]:
-                text = known.setdefault(number, _Text(length, sampled=False))
+                text = known.setdefault(number, _Text(length))
                 text.sampled |= bool(sampled)  # unknown before the first draft
                 text.tokens.update(enumerate(tokens, start=length))
             for number, length, tokens, parents, estimates, _ in record.get("f", ()):
                 if number in known:
-                    known[number].trees[length] = DraftTree(
-                        tokens, parents, np.asarray(estimates) / 1000
-                    )
+                    tree = DraftTree(tokens, parents, np.asarray(estimates) / 1000)
+                    known[number].trees[length] = tree
         texts += known.values()
     if header is None or times is None or not texts:
         raise TraceError(
@@ -164,10 +163,10 @@ class _Tape:
         for request in ctx.requests:
             text = self._recording.texts[int(request.req_id)]
             length = len(request.tokens)
-            tree = text.trees.get(length)
             self.asked += 1
-            self.found += tree is not None
-            trees.append((tree or EMPTY_TREE).best(request.max_nodes))
+            self.found += length in text.trees
+            tree = text.trees.get(length, EMPTY_TREE)
+            trees.append(tree.best(request.max_nodes))
         return trees
 
     def release(self, req_ids: Sequence[str]) -> None:
