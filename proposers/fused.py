@@ -17,7 +17,7 @@ node counts as chosen without chance, which every rule may assume.
 
 from __future__ import annotations
 
-import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,63 +32,13 @@ from vllm_specplugin.draft import EMPTY_TREE, DraftTree
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.forest import Forest
 from vllm_specplugin.interfaces import EngineInfo, ProposeContext, RequestView
+from vllm_specplugin.proposers._fused_member import Member
 from vllm_specplugin.registry import PROPOSERS
 
-__all__ = ["MAX_FAILURES", "FusedProposer"]
-
-logger = logging.getLogger(__name__)
-
-MAX_FAILURES = 10
-"""Calls in a row that a member may fail."""
+__all__ = ["FusedProposer"]
 
 IntArray = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float64]
-
-
-class _Member:
-    """One of the proposers, and what is known of it."""
-
-    def __init__(self, name: str, proposer: Any) -> None:
-        self.name = name
-        self.proposer = proposer
-        self.calibration = Calibration()
-        self.needs_top = int(getattr(proposer, "needs_top", 0))
-        self.failures = self.failures_in_row = 0
-
-    @property
-    def enabled(self) -> bool:
-        return self.failures_in_row < MAX_FAILURES
-
-    def attempt(self, call: Callable[[], Any]) -> Any:
-        """What the call returns; ``None`` if it raises or the member is out."""
-        if not self.enabled:
-            return None
-        try:
-            return call()
-        except Exception:
-            self.failures += 1
-            self.failures_in_row += 1
-            if self.failures == 1:
-                logger.exception("fused: member %r failed, counted", self.name)
-            if self.failures_in_row == MAX_FAILURES:
-                logger.error(
-                    "fused: member %r is left out until restart after %d failures "
-                    "in a row",
-                    self.name,
-                    self.failures_in_row,
-                )
-            return None
-
-    def draft(self, ctx: ProposeContext, vocab_size: int) -> list[DraftTree]:
-        def checked() -> list[DraftTree]:
-            trees = list(self.proposer.propose(ctx))
-            for view, tree in zip(ctx.requests, trees, strict=True):
-                tree.validate(max_nodes=view.max_nodes, vocab_size=vocab_size)
-            self.failures_in_row = 0
-            return trees
-
-        trees: list[DraftTree] | None = self.attempt(checked)
-        return [EMPTY_TREE] * len(ctx.requests) if trees is None else trees
 
 
 class _Call(NamedTuple):
@@ -129,13 +79,17 @@ class FusedProposer:
             metadata={"help": "options of members, by name"},
         )
 
-    def __init__(self, config: Config, engine: EngineInfo) -> None:
+    def __init__(
+        self,
+        config: Config,
+        engine: EngineInfo,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         from vllm_specplugin.proposers import _fused_merge  # compiles
 
         self._compiled: Any = _fused_merge
-        self._vocab_size = engine.vocab_size
         self._members = [
-            _Member(name, factory(options, engine))
+            Member(name, factory(options, engine), engine.vocab_size, clock)
             for name, factory, options in _resolve(config)
         ]
         self.native = any(getattr(m.proposer, "native", False) for m in self._members)
@@ -195,8 +149,7 @@ class FusedProposer:
         if not views:
             return []
         self._learn(views)
-        drafted = [m.draft(ctx, self._vocab_size) for m in self._members]
-        call, raised = self._merge(views, drafted)
+        call, raised = self._merge(views, *self._draft(ctx))
         merged = call.merged
         values = np.where(
             call.agreed, np.maximum(merged.estimates, raised), merged.estimates
@@ -204,14 +157,38 @@ class FusedProposer:
         keep = np.empty(len(values), dtype=np.bool_)
         most = np.array([view.max_nodes for view in views])
         self._compiled.likeliest(merged.starts, merged.parents, values, most, keep)
+        for m in self._members[1:]:
+            m.learn(_tokens(merged, values, ctx.node_price))
         for i, view in enumerate(views):
             self._past[view.req_id] = _Past(call, i, len(view.tokens))
         return self._trees(merged, keep, values)
 
+    def _draft(self, ctx: ProposeContext) -> tuple[list[DraftTree], Floats]:
+        """All members' trees, one member's after the other's, and their nodes'
+        corrected estimates."""
+        views, drafted = ctx.requests, []
+        req_ids = [view.req_id for view in views]
+        sampled = np.array([view.temperature > 0 for view in views], dtype=bool)
+        reached, values = np.zeros(len(views)), []
+        for m in self._members:
+            first = m is self._members[0]
+            trees = m.draft(ctx, None if first else m.asked(ctx, reached, sampled))
+            forest = Forest.of(trees)
+            values.append(
+                _corrected(
+                    m.calibration, forest.estimates, forest.depths, forest.owner,
+                    sampled, req_ids,
+                )
+            )  # fmt: skip
+            drafted += trees
+            added = _tokens(forest, values[-1], ctx.node_price)
+            reached = np.maximum(reached, added)
+        return drafted, np.concatenate(values)
+
     def _merge(
-        self, views: Sequence[RequestView], drafted: Sequence[list[DraftTree]]
+        self, views: Sequence[RequestView], drafted: list[DraftTree], values: Floats
     ) -> tuple[_Call, Floats]:
-        """Makes estimates comparable, and merges shared prefixes.
+        """Merges shared prefixes.
 
         Returns:
             Also what each merged node is worth by what became of agreed ones.
@@ -219,14 +196,7 @@ class FusedProposer:
         count = len(views)
         req_ids = [view.req_id for view in views]
         sampled = np.array([view.temperature > 0 for view in views], dtype=bool)
-        forest = Forest.of([tree for trees in drafted for tree in trees])
-        owner, values = forest.owner % count, forest.estimates.copy()
-        for k, m in enumerate(self._members):
-            nodes = slice(forest.starts[k * count], forest.starts[(k + 1) * count])
-            values[nodes] = _corrected(
-                m.calibration, values[nodes], forest.depths[nodes], owner[nodes],
-                sampled, req_ids,
-            )  # fmt: skip
+        forest = Forest.of(drafted)
         size = len(forest)
         starts = np.empty(count + 1, dtype=np.int64)
         tokens, parents, depths, votes = np.empty((4, size), dtype=np.int64)
@@ -272,6 +242,7 @@ class FusedProposer:
             m.name: {
                 "enabled": m.enabled,
                 "failures": m.failures,
+                "calls": m.calls,
                 "estimates": m.calibration.snapshot(),
             }
             for m in self._members
@@ -345,6 +316,13 @@ def _corrected(
 ) -> Floats:
     factors = calibration.factors(req_ids)
     return calibration.apply(estimates, depths, sampled[owner], factors[owner])
+
+
+def _tokens(forest: Forest, values: Floats, price: float) -> Floats:
+    """``[trees]`` accepted tokens expected, beyond what verifying them costs."""
+    survival = forest.with_estimates(values).survival()
+    count = len(forest.starts) - 1
+    return np.bincount(forest.owner, np.maximum(survival - price, 0.0), count)
 
 
 def _resolve(config: FusedProposer.Config) -> list[tuple[str, Any, Any]]:

@@ -17,7 +17,7 @@ the next token of a request with ``n`` known tokens has position ``n``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -119,6 +119,18 @@ class ProposeContext:
     node_price: float = 0.0
     """Tokens that the engine could emit in the time it takes to verify one more
     node: a node less likely to be accepted does not pay. 0 if unknown."""
+
+    def take(self, indices: Sequence[int]) -> ProposeContext:
+        """The same for some of the requests, ascending, before anything has drafted
+        for them. Drafters of vLLM's draft for all and are left out."""
+        model, target = self.draft_model, self.target
+        return replace(
+            self,
+            requests=[self.requests[i] for i in indices],
+            draft_model=None if model is None else model.take(indices),
+            native=None,
+            target=None if target is None else target.take(indices),
+        )
 
 
 @runtime_checkable

@@ -56,6 +56,10 @@ class DraftModel(Protocol):
         """How many nodes of a request can still be extended."""
         ...
 
+    def take(self, indices: Sequence[int]) -> DraftModel:
+        """The same for some of the requests, ascending; before :meth:`roots`."""
+        ...
+
 
 Steer = Callable[["torch.Tensor", int], None]
 """See :meth:`NativeDrafts.draft`."""

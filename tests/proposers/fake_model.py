@@ -47,6 +47,10 @@ class FakeDraftModel:
     def capacity(self, owner):
         return self._slots[owner]
 
+    def take(self, indices):
+        assert not self.levels, "it has drafted"
+        return FakeDraftModel([self.views[i] for i in indices], self.logits)
+
 
 class FakeNative:
     """A drafter of vLLM's: always the same chain, unless its logits are steered."""

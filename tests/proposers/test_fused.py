@@ -17,7 +17,8 @@ from vllm_specplugin.errors import ConfigError
 from vllm_specplugin.forest import Forest
 from vllm_specplugin.interfaces import EngineInfo, ProposeContext
 from vllm_specplugin.proposers import _fused_merge
-from vllm_specplugin.proposers.fused import MAX_FAILURES, FusedProposer
+from vllm_specplugin.proposers._fused_member import MAX_FAILURES
+from vllm_specplugin.proposers.fused import FusedProposer
 
 ENGINE = EngineInfo(vocab_size=30, max_model_len=256, max_num_seqs=8, max_nodes=16)
 

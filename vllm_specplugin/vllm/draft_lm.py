@@ -298,6 +298,10 @@ class DraftSession:
     def roots(self) -> tuple[Ints, torch.Tensor]:
         return self._model.catch_up(self._indices, self._ends)
 
+    def take(self, indices: Sequence[int]) -> DraftSession:
+        some = list(indices)
+        return type(self)(self._model, self._indices[some], self._ends[some])
+
     def capacity(self, owner: int) -> int:
         return self._room[owner] - len(self._spines[owner]) - self._others[owner]
 

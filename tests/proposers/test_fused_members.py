@@ -1,0 +1,142 @@
+"""Which members of ``fused`` are asked, and for which requests."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.conformance.test_registered import view
+from tests.proposers.fake_model import equipped
+from vllm_specplugin.config import parse_options
+from vllm_specplugin.draft import EMPTY_TREE, DraftTree
+from vllm_specplugin.interfaces import EngineInfo, ProposeContext
+from vllm_specplugin.proposers.fused import FusedProposer
+
+ENGINE = EngineInfo(vocab_size=30, max_model_len=256, max_num_seqs=8, max_nodes=16)
+RATE = 100.0
+"""Tokens per second: a millisecond has to win a tenth of a token."""
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+CLOCK = Clock()
+
+
+class Copies:
+    """Cheap: knows how texts go on whose first token is 7."""
+
+    def __init__(self, config, engine) -> None:
+        pass
+
+    def propose(self, ctx):
+        known = DraftTree.chain([1, 2, 3, 4], [0.95] * 4)
+        return [known if r.tokens[0] == 7 else EMPTY_TREE for r in ctx.requests]
+
+    def release(self, req_ids):
+        pass
+
+
+class Model:
+    """Dear: the same for all texts. Says when it is asked, and for whom."""
+
+    needs_hidden = True
+    asked: list[list[str]]
+    milliseconds = (8.0, 1.0)
+
+    def __init__(self, config, engine) -> None:
+        self.asked = []
+
+    def propose(self, ctx):
+        fixed, each = self.milliseconds
+        CLOCK.now += (fixed + each * len(ctx.requests)) / 1e3
+        self.asked.append([r.req_id for r in ctx.requests])
+        self.last = ctx
+        return [DraftTree.chain([1, 2], [0.7, 0.7]) for r in ctx.requests]
+
+    def release(self, req_ids):
+        pass
+
+
+class Dearer(Model):
+    milliseconds = (30.0, 5.0)
+
+
+class Natively(Model):
+    """vLLM's drafters draft for a whole batch or not at all."""
+
+    native = True
+
+
+class Batch:
+    """Requests whose text goes on with 1, 2, 3 and so on."""
+
+    def __init__(self, member, firsts, rate=RATE) -> None:
+        members = [f"{__name__}:Copies", f"{__name__}:{member}"]
+        options = parse_options(FusedProposer.Config, {"members": members}, "fused")
+        self.fused = FusedProposer(options, ENGINE, CLOCK)
+        self.model = self.fused._members[1].proposer
+        self.firsts, self.rate = firsts, rate
+
+    def run(self, steps):
+        """For whom the model was asked, step by step."""
+        asked = []
+        for _ in range(steps):
+            views = [view(n, [first, 5]) for n, first in self.firsts.items()]
+            before = len(self.model.asked)
+            equipment = equipped(views, ENGINE.vocab_size)
+            ctx = ProposeContext(
+                requests=views, rate=self.rate, target=equipment.target,
+                draft_model=equipment.draft_model,
+            )  # fmt: skip
+            self.trees = self.fused.propose(ctx)
+            # Both are right, so that what they claim is what they are worth.
+            after = [view(n, [first, 5, 1, 2, 3, 4])
+                     for n, first in self.firsts.items()]  # fmt: skip
+            self.fused._learn(after)
+            asked.append(sorted(sum(self.model.asked[before:], [])))
+        return asked
+
+
+def test_a_dear_member_is_asked_where_the_cheap_one_has_nothing():
+    batch = Batch("Model", {"copied": 7, "new": 8})
+    asked = batch.run(40)
+    assert asked[0] == ["copied", "new"], "nothing is known yet"
+    assert asked[10:].count(["new"]) >= 28
+    assert [len(tree) for tree in batch.trees] == [4, 2]
+
+
+def test_what_it_is_shown_is_of_the_requests_it_is_asked_for():
+    batch = Batch("Model", {"copied": 7, "new": 8, "also copied": 7})
+    batch.run(20)
+    shown = batch.model.last
+    assert [r.req_id for r in shown.requests] == ["new"]
+    whole = equipped([view("new", [8, 5])], ENGINE.vocab_size).target
+    np.testing.assert_array_equal(shown.target.hidden, whole.hidden)
+    assert [v.req_id for v in shown.draft_model.views] == ["new"]
+
+
+def test_where_all_is_copied_it_is_asked_only_to_see():
+    batch = Batch("Model", {"a": 7, "b": 7})
+    batch.run(20)
+    asked = batch.run(260)
+    assert 2 <= sum(map(bool, asked)) <= 6
+
+
+def test_a_call_that_costs_more_than_it_wins_is_not_made():
+    batch = Batch("Dearer", {"a": 8, "b": 8})
+    batch.run(20)
+    assert sum(map(bool, batch.run(128))) <= 4
+    # At a tenth of the speed a second of drafting has to win less.
+    batch.rate = RATE / 10
+    assert all(batch.run(50))
+
+
+@pytest.mark.parametrize(("member", "rate"), [("Model", 0.0), ("Natively", RATE)])
+def test_all_are_asked_for_where_speed_is_unknown_or_vllm_drafts(member, rate):
+    batch = Batch(member, {"copied": 7, "new": 8}, rate)
+    assert batch.run(30) == [["copied", "new"]] * 30
