@@ -322,7 +322,8 @@ def _tokens(forest: Forest, values: Floats, price: float) -> Floats:
     """``[trees]`` accepted tokens expected, beyond what verifying them costs."""
     survival = forest.with_estimates(values).survival()
     count = len(forest.starts) - 1
-    return np.bincount(forest.owner, np.maximum(survival - price, 0.0), count)
+    tokens = np.bincount(forest.owner, np.maximum(survival - price, 0.0), count)
+    return np.asarray(tokens, dtype=np.float64)
 
 
 def _resolve(config: FusedProposer.Config) -> list[tuple[str, Any, Any]]:

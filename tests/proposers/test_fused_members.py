@@ -98,7 +98,8 @@ class Batch:
             after = [view(n, [first, 5, 1, 2, 3, 4])
                      for n, first in self.firsts.items()]  # fmt: skip
             self.fused._learn(after)
-            asked.append(sorted(sum(self.model.asked[before:], [])))
+            calls = self.model.asked[before:]
+            asked.append(sorted(req_id for call in calls for req_id in call))
         return asked
 
 
