@@ -29,7 +29,6 @@ HIDDEN = np.float32(-3e38)
 # The functions below see each other as globals: as variables of a function around
 # them they would be part of the key of numba's cache, and new in every process.
 _jit: Any = njit(cache=True, nogil=True, fastmath={"contract", "reassoc", "nsz"})
-_jit_max: Any = njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
 
 
 def _tile(rows: int, lanes: int) -> Any:
@@ -95,49 +94,43 @@ def _tile(rows: int, lanes: int) -> Any:
     return add_product
 
 
-_tile_4x32, _tile_1x32 = _tile(ROWS, LANES), _tile(1, LANES)
-_tile_4x8, _tile_1x8 = _tile(ROWS, FEW), _tile(1, FEW)
+_tile_4x32, _tile_4x8 = _tile(ROWS, LANES), _tile(ROWS, FEW)
 
 
 @_jit
 def _add_product(a, a_at, b, b_at, b_row, count, c, c_at, columns):
-    """``c[:, c_at:][:columns] += a[:, a_at:][:count] @ b``, ``b`` within a flat
-    array; up to 7 columns more are written."""
-    rows, a_row, c_row = a.shape[0], a.shape[1], c.shape[1]
-    fours, wide = rows - rows % ROWS, columns - columns % LANES
+    """``c[:, c_at:][:, :columns] += a[:, a_at:][:, :count] @ b[:count]``, ``b`` within
+    a flat array and the other two with a multiple of ``ROWS`` rows."""
+    a_row, c_row = a.shape[1], c.shape[1]
+    wide = columns - columns % LANES
     for t in range(0, wide, LANES):
-        for r in range(0, fours, ROWS):
-            _tile_4x32(
-                a, r * a_row + a_at, a_row,
-                b, b_at + t, b_row, count,
-                c, r * c_row + c_at + t, c_row,
-            )  # fmt: skip
-        for r in range(fours, rows):
-            _tile_1x32(
-                a, r * a_row + a_at, a_row,
-                b, b_at + t, b_row, count,
-                c, r * c_row + c_at + t, c_row,
-            )  # fmt: skip
+        for r in range(0, a.shape[0], ROWS):
+            at = r * a_row + a_at, r * c_row + c_at + t
+            _tile_4x32(a, at[0], a_row, b, b_at + t, b_row, count, c, at[1], c_row)
     for t in range(wide, columns, FEW):
-        for r in range(0, fours, ROWS):
-            _tile_4x8(
-                a, r * a_row + a_at, a_row,
-                b, b_at + t, b_row, count,
-                c, r * c_row + c_at + t, c_row,
-            )  # fmt: skip
-        for r in range(fours, rows):
-            _tile_1x8(
-                a, r * a_row + a_at, a_row,
-                b, b_at + t, b_row, count,
-                c, r * c_row + c_at + t, c_row,
-            )  # fmt: skip
+        for r in range(0, a.shape[0], ROWS):
+            at = r * a_row + a_at, r * c_row + c_at + t
+            _tile_4x8(a, at[0], a_row, b, b_at + t, b_row, count, c, at[1], c_row)
 
 
-@_jit_max
+@intrinsic
+def _larger(typing_context, a, b):  # type: ignore[misc]
+    """As a reduction this becomes vectors, which ``max`` does not; NaN wins."""
+
+    def codegen(context, builder, signature, args):
+        kinds = [arg.type for arg in args]
+        of_two = ir.FunctionType(kinds[0], kinds)
+        maximum = builder.module.declare_intrinsic("llvm.maximum", kinds[:1], of_two)
+        return builder.call(maximum, args)
+
+    return a(a, b), codegen
+
+
+@_jit
 def _highest(x):
     highest = x[0]
     for i in range(x.shape[0]):
-        highest = max(highest, x[i])
+        highest = _larger(highest, x[i])
     return highest
 
 
@@ -146,7 +139,7 @@ def _exponentials(x, highest, powers):
     """exp(x - highest) in place, and its sum: 2^n times a polynomial."""
     bits = powers.view(np.int32)
     for i in range(x.shape[0]):
-        v = max(x[i] - highest, np.float32(-87.0))
+        v = _larger(x[i] - highest, np.float32(-87.0))
         n = np.floor(v * np.float32(1.44269504) + np.float32(0.5))
         f = v - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
         p = np.float32(1.9875691500e-4)
@@ -166,13 +159,12 @@ def _exponentials(x, highest, powers):
 
 
 @_jit
-def _softmax(scores, context, bits, powers):
+def _softmax(scores, context, length, bits, powers):
     """Weights of the visible positions, not normalised, zero elsewhere; their sum."""
-    nodes = min(64, scores.shape[0] - context)
-    for node in range(nodes):
+    for node in range(length - context):
         if not (bits >> np.uint64(node)) & np.uint64(1):
             scores[context + node] = HIDDEN
-    scores[context + nodes :] = HIDDEN
+    scores[length:] = HIDDEN
     return _exponentials(scores, _highest(scores), powers)
 
 
@@ -191,6 +183,11 @@ def _same_request(request, nodes, first):
 
 
 @_jit
+def _up(n, multiple):
+    return (n + multiple - 1) // multiple * multiple
+
+
+@_jit
 def attend(query, kv, block_size, table, request, context, nodes, scale, out):
     """See :func:`.cpu.tree_attention`; ``kv`` is ``[blocks, kv_heads, ...]``."""
     heads, size = query.shape[1:]
@@ -202,10 +199,11 @@ def attend(query, kv, block_size, table, request, context, nodes, scale, out):
         length = context[first] + tail
         blocks = table[request[first], : (length + block_size - 1) // block_size]
         rows = (end - first) * group
-        q = np.empty((rows, size), dtype=np.float32)
-        o = np.empty((rows, size), dtype=np.float32)
-        width = blocks.shape[0] * block_size + LANES
-        score = np.empty((rows, width), dtype=np.float32)
+        padded = _up(rows, ROWS)
+        width = _up(blocks.shape[0] * block_size, LANES) + LANES
+        q = np.zeros((padded, size), dtype=np.float32)
+        o = np.empty((padded, size), dtype=np.float32)
+        score = np.empty((padded, width), dtype=np.float32)
         powers = np.empty(width, dtype=np.float32)
         totals = np.empty(rows, dtype=np.float32)
         for h in range(kv_heads):
@@ -213,17 +211,16 @@ def attend(query, kv, block_size, table, request, context, nodes, scale, out):
                 head = query[first + r // group, h * group + r % group]
                 for d in range(size):
                     q[r, d] = head[d] * scale
-            score[:] = np.float32(0.0)
-            o[:] = np.float32(0.0)
             for b in range(blocks.shape[0]):
                 at = (np.int64(blocks[b]) * kv_heads + h) * 2 * half
-                n = min(block_size, length - b * block_size)
-                _add_product(
-                    q, 0, kv, at, block_size, size, score, b * block_size, n
-                )
+                lo = b * block_size
+                n = _up(min(block_size, length - lo), LANES)
+                score[:, lo : lo + n] = np.float32(0.0)
+                _add_product(q, 0, kv, at, block_size, size, score, lo, n)
             for r in range(rows):
-                sees = nodes[first + r // group]
-                totals[r] = _softmax(score[r], context[first], sees, powers)
+                sees, seen = nodes[first + r // group], score[r, : _up(length, 16)]
+                totals[r] = _softmax(seen, context[first], length, sees, powers)
+            o[:] = np.float32(0.0)
             for b in range(blocks.shape[0]):
                 at = (np.int64(blocks[b]) * kv_heads + h) * 2 * half + half
                 n = min(block_size, length - b * block_size)
