@@ -16,13 +16,16 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows
 
-__all__ = ["SUPPORTED_DTYPES", "tree_attention"]
+__all__ = ["HEAD_SIZES", "SUPPORTED_DTYPES", "tree_attention"]
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
+HEAD_SIZES = 8
+"""Their multiples."""
 
 
 def tree_attention(
@@ -31,32 +34,38 @@ def tree_attention(
     block_table: torch.Tensor,
     rows: TreeRows,
     scale: float,
-) -> torch.Tensor:
-    """Attention of the given rows; see ``reference.tree_attention``.
+    output: torch.Tensor,
+) -> None:
+    """Writes the attention of the given rows, in place of what ``output`` holds there.
 
     Args:
-        query: ``[m, heads, head_size]``.
+        query: ``[tokens, heads, head_size]`` of the step, of the cache's type.
         kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]`` float32 or
             bfloat16, contiguous, keys transposed within blocks.
         block_table: ``[requests, max_blocks]`` int32.
         rows: what each row sees.
         scale: factor on the logits.
+        output: like ``query``.
     """
-    half_width = kv_cache.dtype == torch.bfloat16
-    cache = kv_cache.view(torch.uint16) if half_width else kv_cache
-    out = np.empty(query.shape, dtype=np.float32)
     _compiled()(
-        query.float().contiguous().numpy(),
-        cache.numpy(),
+        _array(query)[rows.query],
+        _array(kv_cache),
         kv_cache.shape[2],
         block_table.numpy(),
         rows.request,
         rows.context,
         rows.nodes,
         np.float32(scale),
-        out,
+        rows.query,
+        _array(output),
     )
-    return torch.from_numpy(out).to(query.dtype)
+
+
+def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """The tensor's memory; NumPy has no bfloat16, so its bits."""
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    return tensor.numpy()
 
 
 @lru_cache(maxsize=1)

@@ -17,11 +17,11 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 __all__ = ["attend"]
 
-ROWS, LANES, FEW = 4, 32, 8
+ROWS, LANES, FEW_LANES = 4, 32, 8
 """Of a tile: rows, columns, and columns where fewer than ``LANES`` remain. 4 x 32
 results fill the pipelines of a core with AVX-512 and fit its registers."""
 HIDDEN = np.float32(-3e38)
@@ -85,39 +85,53 @@ def _tile(rows: int, lanes: int) -> Any:
         return context.get_dummy_value()
 
     @intrinsic
-    def add_product(  # type: ignore[misc]
-        typing_context, a, a_at, a_row, b, b_at, b_row, count, c, c_at, c_row
-    ):
+    def add_product(_, a, a_at, a_row, b, b_at, b_row, count, c, c_at, c_row):  # noqa: ARG001
         n = types.intp
         return types.void(a, n, n, b, n, n, n, c, n, n), codegen
 
     return add_product
 
 
-_tile_4x32, _tile_4x8 = _tile(ROWS, LANES), _tile(ROWS, FEW)
+def _strips(lanes: int) -> Any:
+    """:func:`_add_product` for columns ``first`` to ``end``, ``lanes`` at a time."""
+    few, one = _tile(ROWS, lanes), _tile(1, lanes)
+
+    @njit(nogil=True)
+    def add_strips(a, a_at, b, b_at, b_row, count, c, c_at, first, end):
+        rows, a_row, c_row = a.shape[0], a.shape[1], c.shape[1]
+        whole = rows - rows % ROWS
+        for t in range(first, end, lanes):
+            b_t, c_t = b_at + t, c_at + t
+            for r in range(0, whole, ROWS):
+                a_r, c_r = a_at + r * a_row, c_t + r * c_row
+                few(a, a_r, a_row, b, b_t, b_row, count, c, c_r, c_row)
+            for r in range(whole, rows):
+                a_r, c_r = a_at + r * a_row, c_t + r * c_row
+                one(a, a_r, a_row, b, b_t, b_row, count, c, c_r, c_row)
+
+    return add_strips
+
+
+_wide_strips, _narrow_strips = _strips(LANES), _strips(FEW_LANES)
 
 
 @_jit
 def _add_product(a, a_at, b, b_at, b_row, count, c, c_at, columns):
-    """``c[:, c_at:][:, :columns] += a[:, a_at:][:, :count] @ b[:count]``, ``b`` within
-    a flat array and the other two with a multiple of ``ROWS`` rows."""
-    a_row, c_row = a.shape[1], c.shape[1]
+    """``c[:, c_at:][:, :columns] += a[:, a_at:][:, :count] @ b[:count]``.
+
+    ``b`` lies within a flat array from ``b_at``, its rows ``b_row`` apart; ``columns``
+    is a multiple of ``FEW_LANES``.
+    """
     wide = columns - columns % LANES
-    for t in range(0, wide, LANES):
-        for r in range(0, a.shape[0], ROWS):
-            at = r * a_row + a_at, r * c_row + c_at + t
-            _tile_4x32(a, at[0], a_row, b, b_at + t, b_row, count, c, at[1], c_row)
-    for t in range(wide, columns, FEW):
-        for r in range(0, a.shape[0], ROWS):
-            at = r * a_row + a_at, r * c_row + c_at + t
-            _tile_4x8(a, at[0], a_row, b, b_at + t, b_row, count, c, at[1], c_row)
+    _wide_strips(a, a_at, b, b_at, b_row, count, c, c_at, 0, wide)
+    _narrow_strips(a, a_at, b, b_at, b_row, count, c, c_at, wide, columns)
 
 
 @intrinsic
-def _larger(typing_context, a, b):  # type: ignore[misc]
+def _larger(_, a, b):
     """As a reduction this becomes vectors, which ``max`` does not; NaN wins."""
 
-    def codegen(context, builder, signature, args):
+    def codegen(_context, builder, _signature, args):
         kinds = [arg.type for arg in args]
         of_two = ir.FunctionType(kinds[0], kinds)
         maximum = builder.module.declare_intrinsic("llvm.maximum", kinds[:1], of_two)
@@ -182,51 +196,126 @@ def _same_request(request, nodes, first):
     return end, tail
 
 
+def _copy(source, target):
+    raise NotImplementedError("compiled only")
+
+
+@overload(_copy)
+def _copy_compiled(source, target):
+    """Between float32 and bfloat16, whose bits are the upper half, as uint16."""
+    if source.dtype == types.uint16 and target.dtype == types.float32:
+
+        def copy(source, target):
+            bits = target.view(np.uint32)
+            for i in range(source.shape[0]):
+                bits[i] = np.uint32(source[i]) << np.uint32(16)
+
+    elif source.dtype == types.float32 and target.dtype == types.uint16:
+
+        def copy(source, target):
+            bits = source.view(np.uint32)
+            for i in range(bits.shape[0]):
+                # To the nearest; of two equally near ones, to the even one.
+                odd = (bits[i] >> np.uint32(16)) & np.uint32(1)
+                rounded = bits[i] + np.uint32(0x7FFF) + odd
+                target[i] = rounded >> np.uint32(16)
+
+    else:
+
+        def copy(source, target):
+            for i in range(source.shape[0]):
+                target[i] = source[i]
+
+    return copy
+
+
 @_jit
 def _up(n, multiple):
     return (n + multiple - 1) // multiple * multiple
 
 
 @_jit
-def attend(query, kv, block_size, table, request, context, nodes, scale, out):
-    """See :func:`.cpu.tree_attention`; ``kv`` is ``[blocks, kv_heads, ...]``."""
+def _attend_head(q, kv, block_size, starts, sees, context, length, score, powers, o):
+    """Of the rows ``q`` of one request and one head of keys.
+
+    Args:
+        q: ``[rows, size]``, multiplied by the scale.
+        kv: the cache; each block's keys begin at its ``starts``.
+        sees: of each row, the nodes that it sees.
+        score, powers: room.
+        o: ``[rows, size]`` is written.
+    """
+    size = q.shape[1]
+    for b in range(starts.shape[0]):
+        lo = b * block_size
+        # Scores of whole strips. Behind a block's keys lie its values, behind
+        # ``length`` anything, NaN too: the scores that this gives are overwritten by
+        # the next block's or hidden by the softmax.
+        n = _up(min(block_size, length - lo), LANES)
+        score[:, lo : lo + n] = np.float32(0.0)
+        _add_product(q, 0, kv, starts[b], block_size, size, score, lo, n)
+    totals = np.empty(sees.shape[0], dtype=np.float32)
+    for r in range(sees.shape[0]):
+        seen = score[r, : _up(length, LANES)]
+        totals[r] = _softmax(seen, context, length, sees[r], powers)
+    o[:] = np.float32(0.0)
+    for b in range(starts.shape[0]):
+        lo = b * block_size
+        # Values of written slots only: a weight of zero does not undo NaN.
+        n = min(block_size, length - lo)
+        values = starts[b] + block_size * size
+        _add_product(score, lo, kv, values, size, n, o, 0, size)
+    for r in range(sees.shape[0]):
+        for d in range(size):
+            o[r, d] /= totals[r]
+
+
+@_jit
+def attend(query, kv, block_size, table, request, context, nodes, scale, place, out):
+    """See :func:`.cpu.tree_attention`.
+
+    Args:
+        query: ``[m, heads, head_size]``; row ``i`` becomes ``out[place[i]]``.
+        kv: ``[blocks, kv_heads, block_size, 2 * head_size]``.
+    """
     heads, size = query.shape[1:]
     kv_heads = kv.shape[1]
-    group, half = heads // kv_heads, block_size * size
+    group = heads // kv_heads
     first = 0
     while first < request.shape[0]:
         end, tail = _same_request(request, nodes, first)
         length = context[first] + tail
         blocks = table[request[first], : (length + block_size - 1) // block_size]
+        starts = np.empty(blocks.shape[0], dtype=np.int64)
         rows = (end - first) * group
-        padded = _up(rows, ROWS)
+        sees = np.empty(rows, dtype=np.uint64)
+        for r in range(rows):
+            sees[r] = nodes[first + r // group]
+        q = np.empty((rows, size), dtype=np.float32)
+        o = np.empty((rows, size), dtype=np.float32)
         width = _up(blocks.shape[0] * block_size, LANES) + LANES
-        q = np.zeros((padded, size), dtype=np.float32)
-        o = np.empty((padded, size), dtype=np.float32)
-        score = np.empty((padded, width), dtype=np.float32)
+        score = np.empty((rows, width), dtype=np.float32)
         powers = np.empty(width, dtype=np.float32)
-        totals = np.empty(rows, dtype=np.float32)
         for h in range(kv_heads):
-            for r in range(rows):
-                head = query[first + r // group, h * group + r % group]
-                for d in range(size):
-                    q[r, d] = head[d] * scale
             for b in range(blocks.shape[0]):
-                at = (np.int64(blocks[b]) * kv_heads + h) * 2 * half
-                lo = b * block_size
-                n = _up(min(block_size, length - lo), LANES)
-                score[:, lo : lo + n] = np.float32(0.0)
-                _add_product(q, 0, kv, at, block_size, size, score, lo, n)
+                starts[b] = (blocks[b] * kv_heads + h) * 2 * block_size * size
             for r in range(rows):
-                sees, seen = nodes[first + r // group], score[r, : _up(length, 16)]
-                totals[r] = _softmax(seen, context[first], length, sees, powers)
-            o[:] = np.float32(0.0)
-            for b in range(blocks.shape[0]):
-                at = (np.int64(blocks[b]) * kv_heads + h) * 2 * half + half
-                n = min(block_size, length - b * block_size)
-                _add_product(score, b * block_size, kv, at, size, n, o, 0, size)
-            for r in range(rows):
-                head = out[first + r // group, h * group + r % group]
+                _copy(query[first + r // group, h * group + r % group], q[r])
                 for d in range(size):
-                    head[d] = o[r, d] / totals[r]
+                    q[r, d] *= scale
+            _attend_head(
+                q,
+                kv,
+                block_size,
+                starts,
+                sees,
+                context[first],
+                length,
+                score,
+                powers,
+                o,
+            )
+            for r in range(rows):
+                at = place[first + r // group]
+                _copy(o[r], out[at, h * group + r % group])
         first = end

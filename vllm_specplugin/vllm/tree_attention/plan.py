@@ -150,10 +150,6 @@ class TreeAttentionPlan:
     """``layer name -> (keys, values)``, each ``[k, kv_heads, head_size]``."""
 
     @cached_property
-    def query_index(self) -> torch.Tensor:
-        return torch.from_numpy(self.rows.query).to(self.device)
-
-    @cached_property
     def node_index(self) -> torch.Tensor:
         return torch.from_numpy(self.node_rows).to(self.device)
 
