@@ -25,7 +25,7 @@ __all__ = ["HEAD_SIZES", "SUPPORTED_DTYPES", "tree_attention"]
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
 HEAD_SIZES = 8
-"""Their multiples."""
+"""Heads must be a multiple of this."""
 
 
 def tree_attention(

@@ -25,6 +25,7 @@ ROWS, LANES, FEW_LANES = 4, 32, 8
 """Of a tile: rows, columns, and columns where fewer than ``LANES`` remain. 4 x 32
 results fill the pipelines of a core with AVX-512 and fit its registers."""
 HIDDEN = np.float32(-3e38)
+"""The score of a position that a row does not see."""
 
 # The functions below see each other as globals: as variables of a function around
 # them they would be part of the key of numba's cache, and new in every process.
@@ -94,9 +95,9 @@ def _tile(rows: int, lanes: int) -> Any:
 
 def _strips(lanes: int) -> Any:
     """:func:`_add_product` for columns ``first`` to ``end``, ``lanes`` at a time."""
-    few, one = _tile(ROWS, lanes), _tile(1, lanes)
+    several, one = _tile(ROWS, lanes), _tile(1, lanes)
 
-    @njit(nogil=True)
+    @njit(nogil=True)  # not cached: it is part of what is
     def add_strips(a, a_at, b, b_at, b_row, count, c, c_at, first, end):
         rows, a_row, c_row = a.shape[0], a.shape[1], c.shape[1]
         whole = rows - rows % ROWS
@@ -104,7 +105,7 @@ def _strips(lanes: int) -> Any:
             b_t, c_t = b_at + t, c_at + t
             for r in range(0, whole, ROWS):
                 a_r, c_r = a_at + r * a_row, c_t + r * c_row
-                few(a, a_r, a_row, b, b_t, b_row, count, c, c_r, c_row)
+                several(a, a_r, a_row, b, b_t, b_row, count, c, c_r, c_row)
             for r in range(whole, rows):
                 a_r, c_r = a_at + r * a_row, c_t + r * c_row
                 one(a, a_r, a_row, b, b_t, b_row, count, c, c_r, c_row)
@@ -284,7 +285,8 @@ def attend(query, kv, block_size, table, request, context, nodes, scale, place, 
     first = 0
     while first < request.shape[0]:
         end, tail = _same_request(request, nodes, first)
-        length = context[first] + tail
+        base = context[first]
+        length = base + tail
         blocks = table[request[first], : (length + block_size - 1) // block_size]
         starts = np.empty(blocks.shape[0], dtype=np.int64)
         rows = (end - first) * group
@@ -304,16 +306,7 @@ def attend(query, kv, block_size, table, request, context, nodes, scale, place, 
                 for d in range(size):
                     q[r, d] *= scale
             _attend_head(
-                q,
-                kv,
-                block_size,
-                starts,
-                sees,
-                context[first],
-                length,
-                score,
-                powers,
-                o,
+                q, kv, block_size, starts, sees, base, length, score, powers, o
             )
             for r in range(rows):
                 at = place[first + r // group]
