@@ -14,16 +14,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 __all__ = ["attend"]
 
-ROWS, LANES, FEW_LANES = 4, 32, 8
-"""Of a tile: rows, columns, and columns where fewer than ``LANES`` remain. 4 x 32
-results fill the pipelines of a core with AVX-512 and fit its registers."""
+ROWS, FEW_LANES = 4, 8
+LANES = 32 if binding.get_host_cpu_features().get("avx512f") else 16
+"""Of a tile: rows, columns, and columns where fewer than ``LANES`` remain. Results fill
+the pipelines of a core and, with what they are made of, its registers."""
 HIDDEN = np.float32(-3e38)
 """The score of a position that a row does not see."""
 
