@@ -126,7 +126,6 @@ def test_a_plan_is_that_of_arrays(seed):
     for name in ("query", "request", "context", "nodes"):
         found, wanted = getattr(plan.rows, name), getattr(expected, name)
         assert found.tolist() == wanted.tolist(), name
-    assert plan.query_index.tolist() == expected.query.tolist()
 
 
 def test_nodes_move_to_their_depth_and_nothing_else_does():

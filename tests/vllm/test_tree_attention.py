@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from numba.core.dispatcher import Dispatcher
 
 from vllm_specplugin.draft import DraftTree
 from vllm_specplugin.vllm.tree_attention import cpu, reference
@@ -63,6 +64,22 @@ def by_hand(query, cache, table, trees, read, groups):
     return torch.stack(rows)
 
 
+def plain(query, cache, table, rows):
+    """The reference's result for the given rows."""
+    read = reference.read_transposed_blocks
+    gathered = query[torch.from_numpy(rows.query)]
+    return reference.tree_attention(gathered, cache, table, rows, SCALE, read)
+
+
+def compiled(query, cache, table, rows):
+    """The kernel's result for the given rows; it must leave others as they are."""
+    output = torch.full_like(query, 7.0)
+    cpu.tree_attention(query, cache, table, rows, SCALE, output)
+    others = np.delete(np.arange(len(query)), rows.query)
+    assert (output[others] == 7.0).all()
+    return output[rows.query]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("reader", READERS)
@@ -86,7 +103,7 @@ def test_rows_see_the_prefix_their_ancestors_and_themselves(
     got = reference.tree_attention(gathered, cache, table, rows, SCALE, read)
     torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=0)
     if reader == "transposed":
-        fast = cpu.tree_attention(gathered, cache, table, rows, SCALE)
+        fast = compiled(query, cache, table, rows)
         torch.testing.assert_close(fast.float(), expected, atol=tolerance, rtol=0)
         torch.testing.assert_close(
             fast.float(), got.float(), atol=1e-5 if tolerance < 1e-3 else 1e-2, rtol=0
@@ -108,9 +125,75 @@ def test_64_nodes_fit_the_mask():
     assert rows.nodes[-1] == np.uint64(1 << 63)
     cache = torch.randn(4, 1, 32, 64)
     table = torch.tensor([[2, 0, 1, 3]], dtype=torch.int32)
-    query = torch.randn(len(rows.query), 1, 32)
-    args = (query, cache, table, rows, SCALE)
+    query = torch.randn(65, 1, 32)
     torch.testing.assert_close(
-        cpu.tree_attention(*args),
-        reference.tree_attention(*args, reference.read_transposed_blocks),
+        compiled(query, cache, table, rows), plain(query, cache, table, rows)
     )
+
+
+def siblings(context, rows, heads, groups, block_size, size, dtype=torch.float32):
+    """One request with as many children of the root, and its queries, cache and
+    blocks; what no token was written to is NaN."""
+    rng = np.random.default_rng(context)
+    read = reference.read_transposed_blocks
+    cache, table = paged(rng, [context + rows], heads, block_size, size, read, dtype)
+    used = table[0].long()
+    keys, values = (part[used] for part in read(cache))
+    written = torch.zeros(len(used) * block_size, dtype=torch.bool)
+    written[: context + rows] = True
+    gaps = ~written.view(len(used), 1, block_size, 1)
+    keys.masked_fill_(gaps, float("nan"))
+    values.masked_fill_(gaps, float("nan"))
+    flat = cache.view(*cache.shape[:2], -1)
+    flat[used] = torch.cat([keys.mT.flatten(2), values.flatten(2)], -1)
+    query = rng.standard_normal((1 + rows, heads * groups, size)).astype(np.float32)
+    tree = DraftTree(np.arange(rows), [-1] * rows)
+    plan = plan_tree_rows([(0, 0, context - 1, tree)])
+    return torch.from_numpy(query).to(dtype), cache, table, plan
+
+
+@pytest.mark.parametrize(
+    ("block_size", "size"), [(16, 16), (32, 64), (32, 80), (48, 256), (128, 72)]
+)
+def test_nothing_leaks_from_unwritten_slots(block_size, size):
+    """Whatever remains beside whole tiles: of a block, of a head, of the rows."""
+    for context in {1, 7, 31, 32, block_size - 2, block_size, 2 * block_size + 1}:
+        for rows, groups in ((2, 1), (5, 1), (4, 3)):
+            case = siblings(context, rows, 2, groups, block_size, size)
+            got, expected = compiled(*case), plain(*case)
+            assert expected.isfinite().all()
+            where = f"{context} tokens, {rows} rows, {groups} heads for one of keys"
+            torch.testing.assert_close(
+                got, expected, atol=2e-5, rtol=0, msg=lambda m, at=where: f"{at}: {m}"
+            )
+
+
+def test_nothing_leaks_from_unwritten_slots_in_bfloat16():
+    case = siblings(33, 5, 2, 2, 32, 80, torch.bfloat16)
+    torch.testing.assert_close(compiled(*case), plain(*case), atol=1e-2, rtol=0)
+
+
+def test_queries_may_be_strided_and_logits_far_apart():
+    query, cache, table, rows = siblings(40, 6, 2, 1, 32, 64)
+    query *= 300
+    strided = torch.cat([query, query], dim=2)[..., :64]
+    assert not strided.is_contiguous()
+    expected = plain(query, cache, table, rows)
+    torch.testing.assert_close(compiled(strided, cache, table, rows), expected)
+
+
+def test_a_query_that_is_nan_gives_nan():
+    query, cache, table, rows = siblings(40, 6, 2, 1, 32, 64)
+    query[rows.query[2], 1, 5] = float("nan")
+    got = compiled(query, cache, table, rows).isnan()
+    assert got[2, 1].all()
+    assert got.sum() == 64
+
+
+def test_compiled_code_is_found_again_by_other_processes():
+    """Variables of a function around it are part of a cached function's key, and
+    functions among them are new to every process."""
+    from vllm_specplugin.vllm.tree_attention import cpu_kernel
+
+    assert isinstance(cpu_kernel.attend, Dispatcher)
+    assert cpu_kernel.attend.py_func.__closure__ is None

@@ -123,11 +123,12 @@ def _tree_attention() -> Iterator[Finding]:
 
     tree = DraftTree([1, 2, 3], [-1, 0, -1]).chain_first()
     rows = plan_tree_rows([(0, 0, 40, tree)])
-    cache, query = torch.randn(2, 2, 32, 64), torch.randn(len(rows.query), 2, 32)
+    cache, query = torch.randn(2, 2, 32, 64), torch.randn(1 + len(tree), 2, 32)
     table = torch.tensor([[1, 0]], dtype=torch.int32)
-    fast = cpu.tree_attention(query, cache, table, rows, 0.2)
-    plain = reference.tree_attention(
-        query, cache, table, rows, 0.2, reference.read_transposed_blocks
+    fast, plain = torch.zeros_like(query), torch.zeros_like(query)
+    cpu.tree_attention(query, cache, table, rows, 0.2, fast)
+    plain[rows.query] = reference.tree_attention(
+        query[rows.query], cache, table, rows, 0.2, reference.read_transposed_blocks
     )
     if torch.allclose(fast, plain, atol=1e-5):
         yield Finding("tree attention", "compiled CPU kernel agrees with the reference")

@@ -68,10 +68,8 @@ class TreeImpl:
             if self.device_kernel:
                 device.attend_level(self, *where)
                 return output
-            attended = self.attend_tree(
-                query, kv_cache, attn_metadata.block_table, attn_metadata.rows
-            )
-            output.view(attended.shape).copy_(attended)
+            table, rows = attn_metadata.block_table, attn_metadata.rows
+            self.attend_rows(query, kv_cache, table, rows, output)
             return output
         if plan is not None and self._reads(plan):
             most = 1 + plan.trees.ancestors.shape[1]
@@ -95,11 +93,7 @@ class TreeImpl:
             device.attend(self, *where, plan.trees, all_rows=False)
             return result
         plan.keep(layer.layer_name, key, value)
-        index = plan.query_index
-        rows = self.attend_tree(
-            query[index], kv_cache, attn_metadata.block_table, plan.rows
-        )
-        output.view(output.shape[0], *rows.shape[1:])[index] = rows.to(output.dtype)
+        self.attend_rows(query, kv_cache, attn_metadata.block_table, plan.rows, output)
         return result
 
     def _reads(self, plan: Any) -> bool:
@@ -115,25 +109,34 @@ class TreeImpl:
             )
         return self.device_kernel
 
-    def attend_tree(
+    def attend_rows(
         self,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         block_table: torch.Tensor,
         rows: TreeRows,
-    ) -> torch.Tensor:
-        """``[m, heads, head_size]`` attention of the given rows."""
+        output: torch.Tensor,
+    ) -> None:
+        """Writes the given rows of ``output``."""
         scale: float = self.scale  # type: ignore[attr-defined]
         read = self.read_blocks
+        output = output.view(-1, *query.shape[1:])
         if (
             read is reference.read_transposed_blocks
             and kv_cache.device.type == "cpu"
             and kv_cache.dtype in cpu.SUPPORTED_DTYPES
+            and kv_cache.dtype == query.dtype == output.dtype
+            and query.shape[2] % cpu.HEAD_SIZES == 0
             and kv_cache.is_contiguous()
         ):
-            return cpu.tree_attention(query, kv_cache, block_table, rows, scale)
+            cpu.tree_attention(query, kv_cache, block_table, rows, scale, output)
+            return
         assert read is not None, "a plan was made for a layer without a reader"
-        return reference.tree_attention(query, kv_cache, block_table, rows, scale, read)
+        index = torch.from_numpy(rows.query).to(query.device)
+        attended = reference.tree_attention(
+            query[index], kv_cache, block_table, rows, scale, read
+        )
+        output[index] = attended.to(output.dtype)
 
 
 def register_tree_backends() -> None:

@@ -73,8 +73,3 @@ class DeviceTreePlan:
             context[request].astype(np.int64),
             seen[request, node],
         )
-
-    @cached_property
-    def query_index(self) -> torch.Tensor:
-        """Flat rows of :attr:`rows`."""
-        return torch.from_numpy(self.rows.query).to(self.node_rows.device)

@@ -150,10 +150,6 @@ class TreeAttentionPlan:
     """``layer name -> (keys, values)``, each ``[k, kv_heads, head_size]``."""
 
     @cached_property
-    def query_index(self) -> torch.Tensor:
-        return torch.from_numpy(self.rows.query).to(self.device)
-
-    @cached_property
     def node_index(self) -> torch.Tensor:
         return torch.from_numpy(self.node_rows).to(self.device)
 
@@ -177,4 +173,5 @@ class TreeAttentionPlan:
     def keep(self, layer_name: str, key: torch.Tensor, value: torch.Tensor) -> None:
         """Puts aside the nodes' keys and values of one layer."""
         index = self.node_index
-        self.kept[layer_name] = key[index], value[index]
+        # Of few rows this takes half the time of ``key[index]`` on a CPU.
+        self.kept[layer_name] = key.index_select(0, index), value.index_select(0, index)
