@@ -24,8 +24,6 @@ serves whole vocabularies on CPU; tensor arithmetic serves them elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -147,16 +145,18 @@ def gumbel_rows(
     import torch
 
     if kind == MURMUR:
-        from vllm_specplugin.noise_murmur import gumbel_tensor
-
         keys, places = (
             torch.from_numpy(x.astype(np.int64)).to(device)[:, None]
             for x in (seeds, positions)
         )
-        return gumbel_tensor(keys, places, torch.arange(vocab_size, device=device))
+        return noise_murmur.gumbel_tensor(
+            keys, places, torch.arange(vocab_size, device=device)
+        )
     if device.type == "cpu":
         u = np.empty((len(seeds), vocab_size), dtype=np.float32)
-        _compiled_uniform()(seeds, positions.astype(np.uint64), u)
+        from vllm_specplugin import _noise_compiled  # imports numba: half a second
+
+        _noise_compiled.uniform_rows(seeds, positions.astype(np.uint64), u)
         uniform = torch.from_numpy(u)
     else:
         uniform = _tensor_uniform(seeds, positions, vocab_size, device)
@@ -246,80 +246,10 @@ def _tensor_uniform(
     return u.clamp_(max=float(_ONE_BELOW_ONE))
 
 
-@lru_cache(maxsize=1)
-def _compiled_block() -> Any:
-    """Philox4x32-10 of one counter, for use inside other compiled functions."""
-    from numba import njit  # half a second to import; vLLM depends on it
-
-    m0, m1 = np.uint64(_MULTIPLIERS[0]), np.uint64(_MULTIPLIERS[1])
-    w0, w1 = np.uint64(_WEYL[0]), np.uint64(_WEYL[1])
-    low, shift = np.uint64(_LOW), np.uint64(32)
-
-    @njit(cache=True, nogil=True, inline="always")
-    def block(index, position, seed):  # type: ignore[no-untyped-def]
-        c0, c3 = index, np.uint64(0)
-        c1, c2 = position & low, position >> shift
-        k0, k1 = seed & low, seed >> shift
-        for _ in range(_ROUNDS):
-            x = m0 * c0
-            y = m1 * c2
-            c0 = (y >> shift) ^ c1 ^ k0
-            c1 = y & low
-            c2 = (x >> shift) ^ c3 ^ k1
-            c3 = x & low
-            k0 = (k0 + w0) & low
-            k1 = (k1 + w1) & low
-        return c0, c1, c2, c3
-
-    return block
-
-
-@lru_cache(maxsize=1)
 def scalar_gumbel() -> Any:
     """Compiled ``(uint64 seed, int position, int token, int kind) -> float64``
     noise, for proposers' compiled loops. Same random words as :func:`gumbel`, and
     the same values up to float32's rounding of the logarithms."""
-    from numba import njit
+    from vllm_specplugin import _noise_compiled  # imports numba: half a second
 
-    block, murmur = _compiled_block(), noise_murmur.scalar_gumbel()
-    below_one = float(_ONE_BELOW_ONE)
-
-    @njit(cache=True, nogil=True)
-    def scalar(seed, position, token, kind=PHILOX):  # type: ignore[no-untyped-def]
-        if kind == MURMUR:
-            return murmur(seed, position, token)
-        c0, c1, c2, c3 = block(np.uint64(token >> 2), np.uint64(position), seed)
-        word = token & 3
-        bits = c0 if word == 0 else c1 if word == 1 else c2 if word == 2 else c3
-        u = min((np.float64(np.float32(bits)) + 0.5) * 2.0**-32, below_one)
-        return -np.log(-np.log1p(-u))
-
-    return scalar
-
-
-@lru_cache(maxsize=1)
-def _compiled_uniform() -> Callable[..., None]:
-    from numba import njit
-
-    block = _compiled_block()
-    below_one, half = _ONE_BELOW_ONE, np.float32(0.5)
-    scale = np.float32(2**-32)
-
-    @njit(cache=True, nogil=True)
-    def fill(seeds, positions, out):  # type: ignore[no-untyped-def]
-        vocab_size = out.shape[1]
-        whole = vocab_size // 4
-        for row in range(out.shape[0]):
-            values = out[row]
-            seed, position = seeds[row], positions[row]
-            for index in range(whole):
-                words = block(np.uint64(index), position, seed)
-                for w in range(4):
-                    u = (np.float32(words[w]) + half) * scale
-                    values[index * 4 + w] = min(u, below_one)
-            words = block(np.uint64(whole), position, seed)
-            for w in range(vocab_size - whole * 4):
-                u = (np.float32(words[w]) + half) * scale
-                values[whole * 4 + w] = min(u, below_one)
-
-    return fill  # type: ignore[no-any-return]
+    return _noise_compiled.gumbel

@@ -16,7 +16,6 @@ Source: ``vllm/v1/worker/gpu/sample/gumbel.py`` (``murmur3_uniform32`` and
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +24,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["gumbel", "gumbel_tensor", "hash_words", "scalar_gumbel", "uniform"]
+__all__ = ["gumbel", "gumbel_tensor", "hash_words", "uniform"]
 
 _LOW = 0xFFFFFFFF
 _SMALLEST = 5.960464477539063e-08
@@ -107,38 +106,3 @@ def gumbel_tensor(
     u = (hash_words(words).double() + 0.5) * 2.0**-32
     noise: torch.Tensor = -(-(-u).log1p()).log().float()
     return noise
-
-
-@lru_cache(maxsize=1)
-def scalar_gumbel() -> Any:
-    """Compiled ``(uint64 seed, int position, int token) -> float64`` noise."""
-    from numba import njit
-
-    low = np.uint64(_LOW)
-    c1, c2 = np.uint64(0xCC9E2D51), np.uint64(0x1B873593)
-    c3, c4 = np.uint64(0x85EBCA6B), np.uint64(0xC2B2AE35)
-    five, add = np.uint64(5), np.uint64(0xE6546B64)
-    n13, n15, n16 = np.uint64(13), np.uint64(15), np.uint64(16)
-    n17, n19, n32 = np.uint64(17), np.uint64(19), np.uint64(32)
-
-    @njit(cache=True, nogil=True, inline="always")
-    def mix(state, word):  # type: ignore[no-untyped-def]
-        word = word * c1 & low
-        word = (word << n15 | word >> n17) & low
-        state = state ^ (word * c2 & low)
-        state = (state << n13 | state >> n19) & low
-        return state * five + add & low
-
-    @njit(cache=True, nogil=True)
-    def scalar(seed, position, token):  # type: ignore[no-untyped-def]
-        state = mix(np.uint64(0), seed & low)
-        state = mix(state, seed >> n32)
-        state = mix(state, np.uint64(position - 1) & low)
-        state = mix(state, np.uint64(token)) ^ n16
-        state = (state ^ state >> n16) * c3 & low
-        state = (state ^ state >> n13) * c4 & low
-        state = state ^ state >> n16
-        u = (np.float64(state) + 0.5) * 2.0**-32
-        return -np.log(-np.log1p(-u))
-
-    return scalar
