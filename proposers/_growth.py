@@ -96,6 +96,22 @@ def children(
         spread: s above.
         generator: what to draw with on a device.
     """
+    drawing = shape.drawn and any(view.temperature > 0 for view in views)
+    if logits.device.type == "cpu" and not drawing:
+        return _on_host(logits, views, owners, depth, shape, spread)
+    return _on_device(logits, views, owners, depth, shape, spread, generator)
+
+
+def _on_device(
+    logits: torch.Tensor,
+    views: Sequence[RequestView],
+    owners: Ints,
+    depth: int | Ints,
+    shape: Shape,
+    spread: float | Floats,
+    generator: Callable[[torch.device], torch.Generator] | None = None,
+) -> Candidates:
+    """As :func:`children`, with tensors, wherever they are."""
     drawn, laws = np.zeros(0, dtype=np.int64), None
     if shape.coupled:
         couple(logits, views, owners, depth, shape.noise)
@@ -122,6 +138,38 @@ def children(
     return Candidates(tokens.cpu().numpy(), likely, drawn, laws)
 
 
+def _on_host(
+    logits: torch.Tensor,
+    views: Sequence[RequestView],
+    owners: Ints,
+    depth: int | Ints,
+    shape: Shape,
+    spread: float | Floats,
+) -> Candidates:
+    """As :func:`children`, compiled, for tokens that are not drawn."""
+    from vllm_specplugin.proposers._best_keys import best_keys  # imports numba
+
+    count, size = logits.shape
+    logits, noise, place = logits.float().contiguous(), logits[:0], np.full(count, -1)
+    requests = [views[i] for i in owners.tolist()]
+    temperatures = np.array([view.temperature for view in requests], dtype=np.float32)
+    if shape.coupled and temperatures.any():
+        drawing = np.flatnonzero(temperatures)
+        cut = [i for i in drawing if requests[i].top_k or requests[i].top_p < 1]
+        if cut:
+            logits[cut] = _cut(logits[cut], [requests[i] for i in cut])
+        depths = np.broadcast_to(depth, count)
+        noise, place[drawing] = _noise(
+            views, owners[drawing], depths[drawing], size, logits.device, shape.noise
+        )
+    tokens = np.empty((count, min(shape.siblings, size)), dtype=np.int64)
+    estimates = np.empty(tokens.shape)
+    spreads = np.full(count, spread, dtype=np.float32)
+    arrays = (logits.numpy(), noise.float().numpy(), place, temperatures, spreads)
+    best_keys(*arrays, tokens, estimates)
+    return Candidates(tokens, estimates, np.zeros(0, dtype=np.int64), None)
+
+
 def couple(
     logits: torch.Tensor,
     views: Sequence[RequestView],
@@ -145,16 +193,9 @@ def couple(
         return
     rows = torch.from_numpy(drawing).to(logits.device)
     part = _cut(logits[rows], [views[owners[i]] for i in drawing.tolist()])
-    lengths = np.array([len(view.tokens) for view in views], dtype=np.int64)
-    positions = (lengths[owners] + depth - 1)[drawing]
-    # Rows of one request and depth have one noise.
-    keys, place = np.unique((owners[drawing] << 32) | positions, return_inverse=True)
-    noise = gumbel_rows(
-        np.array([views[i].seed for i in (keys >> 32).tolist()], dtype=np.uint64),
-        keys & 0xFFFFFFFF,
-        logits.shape[1],
-        logits.device,
-        kind,
+    depths = np.broadcast_to(depth, len(owners))
+    noise, place = _noise(
+        views, owners[drawing], depths[drawing], logits.shape[1], logits.device, kind
     )
     scale = torch.from_numpy(temperatures[drawing].astype(np.float32))
     index = torch.from_numpy(place).to(logits.device)
@@ -162,11 +203,30 @@ def couple(
     logits[rows] = part
 
 
+def _noise(
+    views: Sequence[RequestView],
+    owners: Ints,
+    depths: Ints,
+    size: int,
+    device: torch.device,
+    kind: int,
+) -> tuple[torch.Tensor, Ints]:
+    """The noise of some rows, ``[n, size]``, once for those of one request and
+    depth, and ``[m]`` which of it is each row's."""
+    keys: dict[tuple[int, int], int] = {}
+    pairs = zip(owners.tolist(), depths.tolist())
+    place = np.array([keys.setdefault(pair, len(keys)) for pair in pairs])
+    seeds = np.array([views[i].seed for i, _ in keys], dtype=np.uint64)
+    positions = np.array([len(views[i].tokens) + depth - 1 for i, depth in keys])
+    return gumbel_rows(seeds, positions, size, device, kind), place
+
+
 def _cut(logits: torch.Tensor, views: Sequence[RequestView]) -> torch.Tensor:
     """Drops what top-k and top-p of the requests would."""
     size = logits.shape[1]
     tops = np.array([v.top_k or size for v in views])
-    masses = np.array([v.top_p for v in views])
+    # Sums reach 1 before the last tokens: those of a request without top-p stay.
+    masses = np.array([v.top_p if v.top_p < 1 else np.inf for v in views])
     if (tops >= size).all() and (masses >= 1).all():
         return logits
     device = logits.device

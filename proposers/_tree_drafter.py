@@ -84,6 +84,8 @@ class TreeDrafter:
             noise=engine.noise,
         )
         self._generator = cache(lambda device: torch.Generator(device).manual_seed(0))
+        if engine.device == "cpu":  # compiles now and not in a step
+            from vllm_specplugin.proposers import _best_keys  # noqa: F401
         self._clock = clock
         self._price = LinearTime(np.array([1.0, 0.05]), np.array([0.5, 0.05]))
 
