@@ -149,24 +149,27 @@ def _on_host(
     """As :func:`children`, compiled, for tokens that are not drawn."""
     from vllm_specplugin.proposers._best_keys import best_keys  # imports numba
 
+    logits = logits.float().contiguous()
     count, size = logits.shape
-    logits, noise, place = logits.float().contiguous(), logits[:0], np.full(count, -1)
     requests = [views[i] for i in owners.tolist()]
-    temperatures = np.array([view.temperature for view in requests], dtype=np.float32)
-    if shape.coupled and temperatures.any():
-        drawing = np.flatnonzero(temperatures)
-        cut = [i for i in drawing if requests[i].top_k or requests[i].top_p < 1]
+    if shape.coupled:
+        cut = [i for i, one in enumerate(requests) if _cuts(one)]
         if cut:
             logits[cut] = _cut(logits[cut], [requests[i] for i in cut])
-        depths = np.broadcast_to(depth, count)
-        noise, place[drawing] = _noise(
-            views, owners[drawing], depths[drawing], size, logits.device, shape.noise
-        )
+        noise, place = _noise(views, owners, depth, logits, shape.noise)
+    else:
+        noise, place = logits[:0], np.full(count, -1)
     tokens = np.empty((count, min(shape.siblings, size)), dtype=np.int64)
     estimates = np.empty(tokens.shape)
-    spreads = np.full(count, spread, dtype=np.float32)
-    arrays = (logits.numpy(), noise.float().numpy(), place, temperatures, spreads)
-    best_keys(*arrays, tokens, estimates)
+    best_keys(
+        logits.numpy(),
+        noise.numpy(),
+        place,
+        np.array([one.temperature for one in requests], dtype=np.float32),
+        np.full(count, spread, dtype=np.float32),
+        tokens,
+        estimates,
+    )
     return Candidates(tokens, estimates, np.zeros(0, dtype=np.int64), None)
 
 
@@ -187,48 +190,53 @@ def couple(
             all or ``[m]``.
         kind: the engine's noise.
     """
-    temperatures = np.array([views[i].temperature for i in owners.tolist()])
-    drawing = np.flatnonzero(temperatures > 0)
+    noise, place = _noise(views, owners, depth, logits, kind)
+    drawing = np.flatnonzero(place >= 0)
     if not len(drawing):
         return
-    rows = torch.from_numpy(drawing).to(logits.device)
-    part = _cut(logits[rows], [views[owners[i]] for i in drawing.tolist()])
-    depths = np.broadcast_to(depth, len(owners))
-    noise, place = _noise(
-        views, owners[drawing], depths[drawing], logits.shape[1], logits.device, kind
-    )
-    scale = torch.from_numpy(temperatures[drawing].astype(np.float32))
-    index = torch.from_numpy(place).to(logits.device)
-    part += noise[index] * scale.to(logits.device)[:, None]
+    rows, index = (torch.from_numpy(x).to(logits.device) for x in (drawing, place))
+    requests = [views[i] for i in owners[drawing].tolist()]
+    part = _cut(logits[rows], requests)
+    scale = torch.tensor([one.temperature for one in requests], device=part.device)
+    part += noise[index[rows]] * scale[:, None]
     logits[rows] = part
 
 
 def _noise(
     views: Sequence[RequestView],
     owners: Ints,
-    depths: Ints,
-    size: int,
-    device: torch.device,
+    depth: int | Ints,
+    logits: torch.Tensor,
     kind: int,
 ) -> tuple[torch.Tensor, Ints]:
-    """The noise of some rows, ``[n, size]``, once for those of one request and
-    depth, and ``[m]`` which of it is each row's."""
+    """The noise of some rows, ``[n, vocab]``, once for those of one request and
+    depth, and ``[m]`` which of it is each row's: -1 for none, at T = 0."""
+    depths = [depth] * len(owners) if isinstance(depth, int) else depth.tolist()
     keys: dict[tuple[int, int], int] = {}
-    pairs = zip(owners.tolist(), depths.tolist())
-    place = np.array([keys.setdefault(pair, len(keys)) for pair in pairs])
+    place = [
+        keys.setdefault((i, one), len(keys)) if views[i].temperature > 0 else -1
+        for i, one in zip(owners.tolist(), depths)
+    ]
+    if not keys:
+        return logits[:0], np.array(place, dtype=np.int64)
     seeds = np.array([views[i].seed for i, _ in keys], dtype=np.uint64)
-    positions = np.array([len(views[i].tokens) + depth - 1 for i, depth in keys])
-    return gumbel_rows(seeds, positions, size, device, kind), place
+    positions = np.array([len(views[i].tokens) + one - 1 for i, one in keys])
+    noise = gumbel_rows(seeds, positions, logits.shape[1], logits.device, kind)
+    return noise, np.array(place)
+
+
+def _cuts(view: RequestView) -> bool:
+    return view.temperature > 0 and (view.top_k > 0 or view.top_p < 1)
 
 
 def _cut(logits: torch.Tensor, views: Sequence[RequestView]) -> torch.Tensor:
     """Drops what top-k and top-p of the requests would."""
+    if not any(map(_cuts, views)):
+        return logits
     size = logits.shape[1]
     tops = np.array([v.top_k or size for v in views])
     # Sums reach 1 before the last tokens: those of a request without top-p stay.
     masses = np.array([v.top_p if v.top_p < 1 else np.inf for v in views])
-    if (tops >= size).all() and (masses >= 1).all():
-        return logits
     device = logits.device
     scale = torch.tensor([v.temperature for v in views], device=device)[:, None]
     ordered, order = logits.sort(dim=-1, descending=True)
