@@ -96,6 +96,22 @@ def children(
         spread: s above.
         generator: what to draw with on a device.
     """
+    drawing = shape.drawn and any(view.temperature > 0 for view in views)
+    if logits.device.type == "cpu" and not drawing:
+        return _on_host(logits, views, owners, depth, shape, spread)
+    return _on_device(logits, views, owners, depth, shape, spread, generator)
+
+
+def _on_device(
+    logits: torch.Tensor,
+    views: Sequence[RequestView],
+    owners: Ints,
+    depth: int | Ints,
+    shape: Shape,
+    spread: float | Floats,
+    generator: Callable[[torch.device], torch.Generator] | None = None,
+) -> Candidates:
+    """As :func:`children`, with tensors, wherever they are."""
     drawn, laws = np.zeros(0, dtype=np.int64), None
     if shape.coupled:
         couple(logits, views, owners, depth, shape.noise)
@@ -122,6 +138,41 @@ def children(
     return Candidates(tokens.cpu().numpy(), likely, drawn, laws)
 
 
+def _on_host(
+    logits: torch.Tensor,
+    views: Sequence[RequestView],
+    owners: Ints,
+    depth: int | Ints,
+    shape: Shape,
+    spread: float | Floats,
+) -> Candidates:
+    """As :func:`children`, compiled, for tokens that are not drawn."""
+    from vllm_specplugin.proposers._best_keys import best_keys  # imports numba
+
+    logits = logits.float().contiguous()
+    count, size = logits.shape
+    requests = [views[i] for i in owners.tolist()]
+    if shape.coupled:
+        cut = [i for i, one in enumerate(requests) if _cuts(one)]
+        if cut:
+            logits[cut] = _cut(logits[cut], [requests[i] for i in cut])
+        noise, place = _noise(views, owners, depth, logits, shape.noise)
+    else:
+        noise, place = logits[:0], np.full(count, -1)
+    tokens = np.empty((count, min(shape.siblings, size)), dtype=np.int64)
+    estimates = np.empty(tokens.shape)
+    best_keys(
+        logits.numpy(),
+        noise.numpy(),
+        place,
+        np.array([one.temperature for one in requests], dtype=np.float32),
+        np.full(count, spread, dtype=np.float32),
+        tokens,
+        estimates,
+    )
+    return Candidates(tokens, estimates, np.zeros(0, dtype=np.int64), None)
+
+
 def couple(
     logits: torch.Tensor,
     views: Sequence[RequestView],
@@ -139,36 +190,53 @@ def couple(
             all or ``[m]``.
         kind: the engine's noise.
     """
-    temperatures = np.array([views[i].temperature for i in owners.tolist()])
-    drawing = np.flatnonzero(temperatures > 0)
+    noise, place = _noise(views, owners, depth, logits, kind)
+    drawing = np.flatnonzero(place >= 0)
     if not len(drawing):
         return
-    rows = torch.from_numpy(drawing).to(logits.device)
-    part = _cut(logits[rows], [views[owners[i]] for i in drawing.tolist()])
-    lengths = np.array([len(view.tokens) for view in views], dtype=np.int64)
-    positions = (lengths[owners] + depth - 1)[drawing]
-    # Rows of one request and depth have one noise.
-    keys, place = np.unique((owners[drawing] << 32) | positions, return_inverse=True)
-    noise = gumbel_rows(
-        np.array([views[i].seed for i in (keys >> 32).tolist()], dtype=np.uint64),
-        keys & 0xFFFFFFFF,
-        logits.shape[1],
-        logits.device,
-        kind,
-    )
-    scale = torch.from_numpy(temperatures[drawing].astype(np.float32))
-    index = torch.from_numpy(place).to(logits.device)
-    part += noise[index] * scale.to(logits.device)[:, None]
+    rows, index = (torch.from_numpy(x).to(logits.device) for x in (drawing, place))
+    requests = [views[i] for i in owners[drawing].tolist()]
+    part = _cut(logits[rows], requests)
+    scale = torch.tensor([one.temperature for one in requests], device=part.device)
+    part += noise[index[rows]] * scale[:, None]
     logits[rows] = part
+
+
+def _noise(
+    views: Sequence[RequestView],
+    owners: Ints,
+    depth: int | Ints,
+    logits: torch.Tensor,
+    kind: int,
+) -> tuple[torch.Tensor, Ints]:
+    """The noise of some rows, ``[n, vocab]``, once for those of one request and
+    depth, and ``[m]`` which of it is each row's: -1 for none, at T = 0."""
+    depths = [depth] * len(owners) if isinstance(depth, int) else depth.tolist()
+    keys: dict[tuple[int, int], int] = {}
+    place = [
+        keys.setdefault((i, one), len(keys)) if views[i].temperature > 0 else -1
+        for i, one in zip(owners.tolist(), depths)
+    ]
+    if not keys:
+        return logits[:0], np.array(place, dtype=np.int64)
+    seeds = np.array([views[i].seed for i, _ in keys], dtype=np.uint64)
+    positions = np.array([len(views[i].tokens) + one - 1 for i, one in keys])
+    noise = gumbel_rows(seeds, positions, logits.shape[1], logits.device, kind)
+    return noise, np.array(place)
+
+
+def _cuts(view: RequestView) -> bool:
+    return view.temperature > 0 and (view.top_k > 0 or view.top_p < 1)
 
 
 def _cut(logits: torch.Tensor, views: Sequence[RequestView]) -> torch.Tensor:
     """Drops what top-k and top-p of the requests would."""
+    if not any(map(_cuts, views)):
+        return logits
     size = logits.shape[1]
     tops = np.array([v.top_k or size for v in views])
-    masses = np.array([v.top_p for v in views])
-    if (tops >= size).all() and (masses >= 1).all():
-        return logits
+    # Sums reach 1 before the last tokens: those of a request without top-p stay.
+    masses = np.array([v.top_p if v.top_p < 1 else np.inf for v in views])
     device = logits.device
     scale = torch.tensor([v.temperature for v in views], device=device)[:, None]
     ordered, order = logits.sort(dim=-1, descending=True)

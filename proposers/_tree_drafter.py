@@ -84,6 +84,8 @@ class TreeDrafter:
             noise=engine.noise,
         )
         self._generator = cache(lambda device: torch.Generator(device).manual_seed(0))
+        if engine.device == "cpu":  # compiles now and not in a step
+            from vllm_specplugin.proposers import _best_keys  # noqa: F401
         self._clock = clock
         self._price = LinearTime(np.array([1.0, 0.05]), np.array([0.5, 0.05]))
 
@@ -116,19 +118,15 @@ class TreeDrafter:
 
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
         assert ctx.draft_model is not None, "the runner gives what speculative() asks"
-        running, since = 0, 0.0
+        a_level, a_row = self._price.seconds(np.eye(2)).tolist()
+        started: list[tuple[int, float]] = []  # rows of each level, and when
 
         def worth(gain: float, rows: int) -> bool:
-            nonlocal running, since
-            now = self._clock()
-            if running:
-                self._price.observe(np.array([1.0, running]), now - since)
-                self._price.refresh()
-            seconds = float(self._price.seconds(np.array([1.0, rows])))
-            running, since = rows, now
-            return gain > ctx.rate * seconds
+            started.append((rows, self._clock()))
+            worthy: bool = gain > ctx.rate * (a_level + a_row * rows)
+            return worthy
 
-        return grow(
+        trees = grow(
             ctx.draft_model,
             ctx.requests,
             self._shape,
@@ -137,6 +135,13 @@ class TreeDrafter:
             ctx.node_price,
             self._generator,
         )
+        if len(started) > 1:  # how long the last took, if it was run, was not seen
+            # One observation: the sum of levels is as linear as each of them.
+            levels, rows = len(started) - 1, sum(rows for rows, _ in started[:-1])
+            seconds = started[-1][1] - started[0][1]
+            self._price.observe(np.array([levels, float(rows)]), seconds, levels)
+            self._price.refresh()
+        return trees
 
     def release(self, req_ids: Sequence[str]) -> None:
         """Nothing is kept per request; the engine keeps what the model knows."""

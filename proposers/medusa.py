@@ -104,6 +104,8 @@ class MedusaProposer:
         if config.tree == "static":
             self._static = self._accuracies(False), self._accuracies(True)
         # Compiles now and not in a step.
+        if engine.device == "cpu":
+            from vllm_specplugin.proposers import _best_keys  # noqa: F401
         depths, ranks, parents = np.empty((3, 1), dtype=np.int32)
         explore(np.ones((1, 1)), 1, 0.0, depths, ranks, parents, np.empty(1))
 

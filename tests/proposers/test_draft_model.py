@@ -176,6 +176,19 @@ def test_a_level_that_is_not_worth_its_time_is_not_run():
     assert counts[0] == 7 and counts[0] > counts[1] > counts[2] == 0
 
 
+@pytest.mark.parametrize("width", [1, 3])
+def test_what_a_level_takes_is_learnt_from_whole_calls(width):
+    now = iter(itertools.count(0.0, 0.010))
+    proposer = make(clock=lambda: next(now), depth=6, width=width, siblings=3)
+    request = view([3])
+    for _ in range(8):
+        draft(proposer, [request], FakeDraftModel([request], table()))
+    assert proposer._price.observed == 8
+    assert proposer._price.seconds(np.array([1.0, width])) == pytest.approx(
+        0.010, rel=0.05
+    )
+
+
 def test_unlikely_nodes_are_left_out():
     request = view([3])
     [tree] = draft(

@@ -101,8 +101,9 @@ class PagedDraftModel:
 
     def _learnt(self, index: int, req_id: str, known: int) -> None:
         size = self._drafter.block_size
-        table = self._table.block_table.np[index]
-        self._filled[table[self._known[req_id] // size : known // size]] = True
+        first, end = self._known[req_id] // size, known // size
+        if first < end:
+            self._filled[self._table.block_table.np[index, first:end]] = True
         self._known[req_id] = known
 
     # ------------------------------------------------------------- running
@@ -153,20 +154,16 @@ class PagedDraftModel:
                 if known >= end or tokens[index, known] != token:
                     break
                 known += 1
-            self._learnt(index, req_id, known)
             starts[row] = min(known, end - 1)
         limit = self._drafter.max_num_tokens
         before = np.cumsum(ends - starts) - (ends - starts)
         takes = np.clip(limit - before, 0, ends - starts)
-        ready = np.flatnonzero(starts + takes == ends)
-        rows = np.flatnonzero(takes)
-        indices, starts, takes = indices[rows], starts[rows], takes[rows]
-        hidden, _ = self._run_causal(indices, starts, takes)
-        for index, row, known in zip(
-            indices.tolist(), rows.tolist(), (starts + takes).tolist()
-        ):
-            self._learnt(index, req_ids[row], known)
-        last = np.cumsum(takes)[np.searchsorted(rows, ready)] - 1
+        upto = starts + takes
+        ready, rows = np.flatnonzero(upto == ends), np.flatnonzero(takes)
+        hidden, _ = self._run_causal(indices[rows], starts[rows], takes[rows])
+        for index, req_id, known in zip(indices.tolist(), req_ids, upto.tolist()):
+            self._learnt(index, req_id, known)
+        last = np.cumsum(takes)[ready] - 1
         return ready, self._logits(hidden[torch.from_numpy(last).to(hidden.device)])
 
     def leave(self, scheduler_output: Any) -> None:
@@ -215,6 +212,10 @@ class PagedDraftModel:
         tokens = batch.token_ids_cpu[owner, positions + self._behind]
         return self._forward(tokens, positions, slots, metadata, features)
 
+    def _shared(self, one: Any) -> dict[str, Any]:
+        """The same for each layer."""
+        return dict.fromkeys(self.layer_names, one)
+
     def run_nodes(
         self,
         tokens: Ints,
@@ -235,10 +236,9 @@ class PagedDraftModel:
         Returns:
             ``[m, vocab]`` logits, and ``[m, hidden_size]`` features for children.
         """
-        metadata = DraftRows(rows, self._table.block_table.gpu)
+        metadata = self._shared(DraftRows(rows, self._table.block_table.gpu))
         where = torch.from_numpy(slots).to(self._runner.device)
-        shared = dict.fromkeys(self.layer_names, metadata)
-        hidden, given = self._forward(tokens, positions, where, shared, features)
+        hidden, given = self._forward(tokens, positions, where, metadata, features)
         return self._logits(hidden), given
 
     def _forward(
@@ -257,7 +257,7 @@ class PagedDraftModel:
             metadata,
             self._drafter.vllm_config,
             num_tokens=count,
-            slot_mapping=dict.fromkeys(self.layer_names, slots),
+            slot_mapping=self._shared(slots),
         ):
             hidden: Any = self._drafter.model(
                 input_ids=torch.from_numpy(tokens.astype(np.int32)).to(device),
