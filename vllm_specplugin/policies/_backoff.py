@@ -24,7 +24,7 @@ _LONGEST = 256
 _SLOWER = 1.5
 """Factor from one wait to the next."""
 
-_FADE = 0.2
+_FADE, _FADE_WAITING = 0.1, 0.25
 """Least share of the newest call in what drafts are known to save."""
 
 
@@ -43,7 +43,9 @@ class _Wait:
 
     def learn(self, saved: float) -> None:
         self.calls += 1
-        self.saved += max(_FADE, 1 / (1 + self.calls)) * (saved - self.saved)
+        # After a wait there is less that was known before.
+        fade = max(_FADE if self.period == 1 else _FADE_WAITING, 1 / (1 + self.calls))
+        self.saved += fade * (saved - self.saved)
 
 
 _NEW = _Wait()
