@@ -2,11 +2,11 @@
 
 A step's time is linear in known features of it: a constant, the tokens
 scheduled (piecewise linear, so that the knee where verification stops being
-free can be found), the requests, the tokens each row attends to, and the rows
-that need the tree mask. The coefficients are a Bayesian linear regression in
-information form: each step adds a rank-one term, old steps fade towards the
-prior, and a step far from what is expected (another process took the core, an
-engine compiled something) weighs less, as in Huber's estimator.
+free can be found), whether there are drafts at all, the requests, the tokens each
+row attends to, and the rows that need the tree mask. The coefficients are a
+Bayesian linear regression in information form: each step adds a rank-one term, old
+steps fade towards the prior, and a step far from what is expected (another process
+took the core, an engine compiled something) weighs less, as in Huber's estimator.
 
 Decisions need *relative* prices only, so the prior is stated relative to the
 first steps measured, and holds on a laptop and on an H200 alike: a token is
@@ -40,7 +40,7 @@ Floats = npt.NDArray[np.float64]
 
 _KNOTS = np.array([4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0])
 _LEARN_STEPS = 8
-_SCHEMA = 1
+_SCHEMA = 2
 
 
 class LinearTime:
@@ -207,10 +207,10 @@ class StepTimeModel:
     def __init__(self, graph_sizes: Sequence[int] = ()) -> None:
         self._graph_sizes = np.array(sorted(graph_sizes), dtype=np.float64)
         knots = len(_KNOTS)
-        #                 1    tokens  bends           requests  attended  masked
-        mean = np.array([0.95, 0.01, *[0.0] * knots, 0.005, 0.005, 0.003])
-        spread = np.array([0.5, 0.03, *[0.02] * knots, 0.02, 0.02, 0.01])
-        self._step = LinearTime(mean, spread)
+        #              1    tokens  bends    drafts  requests  attended  masked
+        mean = [0.95, 0.01, *[0.0] * knots, 0.0, 0.005, 0.005, 0.003]
+        spread = [0.5, 0.03, *[0.02] * knots, 0.2, 0.02, 0.02, 0.01]
+        self._step = LinearTime(np.array(mean), np.array(spread))
         self._draft = LinearTime(
             np.array([0.85, 0.15]), np.array([0.5, 0.3]), noise=0.3, opening=1
         )
@@ -306,11 +306,12 @@ class StepTimeModel:
             tokens = np.maximum(tokens, padded)
         attended = np.broadcast_to(np.asarray(shape.attended, float), tokens.shape)
         masked = np.broadcast_to(np.asarray(shape.masked, float), tokens.shape)
+        drafts = np.broadcast_to(np.asarray(shape.nodes) > 0, tokens.shape)
         one = np.ones_like(tokens)
         return np.stack(
             [one, tokens]
             + [np.maximum(tokens - knot, 0.0) for knot in _KNOTS]
-            + [one * shape.requests, attended, masked],
+            + [one * drafts, one * shape.requests, attended, masked],
             axis=-1,
         )
 

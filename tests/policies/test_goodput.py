@@ -27,10 +27,12 @@ class Engine:
     probability ``truth`` given the one before."""
 
     def __init__(
-        self, *, claim, truth, row_ms=1.0, depth=8, draft_ms=0.05, call_ms=0.0, seed=0
-    ):
+        self, *, claim, truth, row_ms=1.0, depth=8, draft_ms=0.05, call_ms=0.0,
+        jump_ms=0.0, seed=0,
+    ):  # fmt: skip
         self.claim, self.truth, self.row_ms = claim, truth, row_ms
         self.depth, self.draft_ms, self.call_ms = depth, draft_ms, call_ms
+        self.jump_ms = jump_ms
         self.random = np.random.default_rng(seed)
         self.now = 0.0
         self.asked = self.calls = 0
@@ -61,9 +63,9 @@ class Engine:
             trees = self.drafter.draft([self._request(name) for name in names])
             drafting = self.drafter.draft_seconds
             rows = requests + sum(map(len, trees))
-            seconds = (0.03 + self.row_ms * 1e-3 * rows) * self.random.lognormal(
-                0, 0.05
-            )
+            jump = self.jump_ms if any(map(len, trees)) else 0.0
+            seconds = 0.03 + (self.row_ms * rows + jump) * 1e-3
+            seconds *= self.random.lognormal(0, 0.05)
             emitted = np.full((requests, self.depth + 1), -1)
             accepted = []
             for i, tree in enumerate(trees):
@@ -208,7 +210,20 @@ def test_drafting_that_never_pays_stops_but_for_probes():
 def test_cheap_drafting_goes_on_in_every_step():
     engine = Engine(claim=0.5, truth=0.02, draft_ms=0.001)
     engine.run(2, 200)
-    assert engine.asked >= 2 * 200 - 5  # at first for one, to see what it costs
+    assert engine.asked >= 2 * 200 - 10  # at first for one, to see what it costs
+
+
+def test_what_a_step_takes_without_drafts_is_measured_and_not_presumed():
+    """Any draft at all makes a step slower here, as a masked one may be."""
+    engine = Engine(claim=0.5, truth=0.5, depth=2, draft_ms=0.01, jump_ms=26.0)
+    engine.run(1, 300)
+    assert engine.goodput(100) > 0.97 * plain(1)
+
+
+def test_steps_without_drafts_stay_rare_where_drafting_wins():
+    engine = Engine(claim=0.9, truth=0.9)
+    engine.run(1, 400)
+    assert 1 <= engine.nodes[50:].count(0) <= 4
 
 
 def test_proposers_are_told_a_rate_in_seconds_or_none():

@@ -19,6 +19,7 @@ vLLM's adaptive verification's.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,13 @@ _SAVE_AFTER = 200
 _STEADY = 0.1
 """Share of the newest step in the averages that proposers are told."""
 
+_FIRST_PLAIN = 3
+"""Steps without drafts at the start, the first prompts' among them."""
+
+_ANCHOR_SHARE, _LEAST_ANCHOR = 0.005, 8
+"""Share of what drafting wins that steps without drafts may cost, which say what it
+is to be compared with; and the fewest steps between them."""
+
 _AHEAD = 4
 """Nodes over which the price of one more is averaged: step times have knees."""
 
@@ -82,6 +90,9 @@ class GoodputPolicy:
         self._times = StepTimeModel(engine.graph_sizes)
         self._backoff = Backoff(config.draft_share)
         self._without = 0
+        self._plain_steps = self._since_plain = 0
+        """Steps without drafts, and steps with drafts since the last of those."""
+        self._next_plain = _LEAST_ANCHOR
         self._rate = self._pace = self._node_price = 0.0
         self._steady = 0
         """Requests drafted for before the last step, if it had no prompts."""
@@ -114,6 +125,9 @@ class GoodputPolicy:
 
     def budget(self, ctx: BudgetContext) -> Sequence[int]:
         budgets = self._backoff.turns(ctx.req_ids, ctx.limits)
+        # What no drafts take has to be measured too, and not only extrapolated.
+        if self._plain_steps < _FIRST_PLAIN or self._since_plain >= self._next_plain:
+            budgets = [0] * len(budgets)
         if not any(budgets):
             self._without += 1
         return budgets
@@ -180,6 +194,8 @@ class GoodputPolicy:
         took = float(seconds[min(kept, len(seconds) - 1)])
         tokens = requests + float(ctx.survival[keep].sum())
         self._rate = tokens / (took + float(price[keep].sum()))
+        won = 1 - requests / (plain * self._rate)
+        self._next_plain = max(_LEAST_ANCHOR, math.ceil(won / _ANCHOR_SHARE))
         ahead = min(kept + _AHEAD, len(seconds) - 1)
         per_node = (float(seconds[ahead]) - took) / max(1, ahead - kept)
         # Proposers grow by these: an average, or deep and shallow trees alternate.
@@ -224,6 +240,8 @@ class GoodputPolicy:
         self._backoff.observe(outcome.req_ids, outcome.foreseen)
         self._steady = 0 if outcome.prompt_tokens else outcome.draft_requests
         self._steps += 1
+        self._plain_steps += not nodes
+        self._since_plain = self._since_plain + 1 if nodes else 0
         self._nodes += nodes
         self._drafting += nodes > 0
         self._unsaved += 1
