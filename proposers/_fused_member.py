@@ -10,7 +10,7 @@ present speed, more than its call takes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -165,6 +165,12 @@ class Member:
             case = cases[i]
             seen[case] += 1
             added[case] += max(_FADE, 1 / seen[case]) * (gains[i] - added[case])
+
+    def release(self, req_ids: Sequence[str]) -> None:
+        """Forgets requests."""
+        self.calibration.release(req_ids)
+        self._before.difference_update(req_ids)
+        self.attempt(lambda: self.proposer.release(req_ids))
 
     def _checked(self, ctx: ProposeContext) -> list[DraftTree]:
         trees = list(self.proposer.propose(ctx))

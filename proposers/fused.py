@@ -233,8 +233,7 @@ class FusedProposer:
             self._past.pop(req_id, None)
         self._agreed.release(req_ids)
         for m in self._members:
-            m.calibration.release(req_ids)
-            m.attempt(partial(_call, m.proposer, "release", req_ids))
+            m.release(req_ids)
 
     def snapshot(self) -> Mapping[str, Any]:
         """How each member does."""

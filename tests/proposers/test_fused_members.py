@@ -141,3 +141,12 @@ def test_a_call_that_costs_more_than_it_wins_is_not_made():
 def test_all_are_asked_for_where_speed_is_unknown_or_vllm_drafts(member, rate):
     batch = Batch(member, {"copied": 7, "new": 8}, rate)
     assert batch.run(30) == [["copied", "new"]] * 30
+
+
+def test_nothing_is_left_of_requests_that_are_gone():
+    batch = Batch("Model", {"a": 8, "b": 8})
+    batch.run(3)
+    member = batch.fused._members[1]
+    assert member._before == {"a", "b"}
+    batch.fused.release(["a", "never seen"])
+    assert member._before == {"b"}
