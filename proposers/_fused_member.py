@@ -19,7 +19,7 @@ import numpy.typing as npt
 from vllm_specplugin.calibration import Calibration
 from vllm_specplugin.draft import EMPTY_TREE, DraftTree
 from vllm_specplugin.interfaces import ProposeContext
-from vllm_specplugin.steptime import LinearTime
+from vllm_specplugin.steptime import call_time
 
 __all__ = ["MAX_FAILURES", "Member"]
 
@@ -65,9 +65,7 @@ class Member:
         self._whole_batch = bool(getattr(proposer, "native", False))
         self._vocab_size = vocab_size
         self._clock = clock
-        self._price = LinearTime(
-            np.array([0.85, 0.15]), np.array([0.5, 0.3]), noise=0.3, opening=1
-        )
+        self._price = call_time()
         self._before: set[str] = set()
         """Requests of the last call."""
         shape = (2, len(_EDGES) + 1)

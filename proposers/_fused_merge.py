@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.proposers._history_index import jit
+from vllm_specplugin._jit import jit
 
 __all__ = ["likeliest", "merge", "pack"]
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from vllm_specplugin._jit import inner, jit
 from vllm_specplugin.proposers._history_index import (
     STORE,
     Index,
@@ -24,8 +25,6 @@ from vllm_specplugin.proposers._history_index import (
     clear,
     collect,
     extend,
-    inner,
-    jit,
 )
 from vllm_specplugin.proposers._history_votes import (
     Rule,

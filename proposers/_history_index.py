@@ -20,12 +20,12 @@ arrays. Importing this module imports numba, so do it late.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from vllm_specplugin._jit import inner, jit
 
 __all__ = [
     "ORDERS",
@@ -37,8 +37,6 @@ __all__ = [
     "clear",
     "collect",
     "extend",
-    "inner",
-    "jit",
 ]
 
 IntArray = npt.NDArray[np.int32]
@@ -46,7 +44,6 @@ LongArray = npt.NDArray[np.int64]
 Int = int | np.int64
 """Compiled code is specialised by type: arguments that are literals or 32-bit
 values are cast to ``np.int64``, lest a function be compiled twice."""
-Function = TypeVar("Function", bound=Callable[..., object])
 
 ORDERS = (8, 4, 2, 1)
 """Context lengths with a chain each, longest first."""
@@ -83,20 +80,6 @@ class Index(NamedTuple):
     scopes: LongArray
     """``[masks[STORE] + 1]`` whose text the store holds at a position; see
     :func:`absorb`."""
-
-
-def jit(function: Function) -> Function:
-    """Compiles at the first call, and keeps the machine code on disk."""
-    return numba.njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
-
-
-def inner(function: Function) -> Function:
-    """As :func:`jit`, for functions that only compiled code calls: leaving out
-    the entrance for Python halves the time to compile."""
-    compiled = numba.njit(
-        cache=True, nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True
-    )(function)
-    return compiled  # type: ignore[no-any-return]
 
 
 @jit

@@ -33,8 +33,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from vllm_specplugin._jit import inner, jit
 from vllm_specplugin.noise import PHILOX, scalar_gumbel
-from vllm_specplugin.proposers._history_index import Int, inner, jit
+from vllm_specplugin.proposers._history_index import Int
 
 __all__ = ["Rule", "estimate_coupled", "find", "interpolate"]
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.proposers._history_index import Int, jit
+from vllm_specplugin._jit import jit
+from vllm_specplugin.proposers._history_index import Int
 from vllm_specplugin.proposers._recycling_tree import likeliest
 
 __all__ = ["explore"]

@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from vllm_specplugin._jit import inner, jit
 from vllm_specplugin.noise import PHILOX
-from vllm_specplugin.proposers._history_index import Int, inner, jit
+from vllm_specplugin.proposers._history_index import Int
 from vllm_specplugin.proposers._history_votes import estimate_coupled
 
 __all__ = ["grow"]

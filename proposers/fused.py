@@ -39,6 +39,7 @@ __all__ = ["FusedProposer"]
 
 IntArray = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
 
 class _Call(NamedTuple):
@@ -48,9 +49,9 @@ class _Call(NamedTuple):
     """Trees of all members, those of one before those of the next."""
     merged: Forest
     """With, of each node, the largest corrected estimate that a member gave."""
-    agreed: npt.NDArray[np.bool_]
+    agreed: Bools
     """Which of the merged nodes several members proposed."""
-    sampled: npt.NDArray[np.bool_]
+    sampled: Bools
     """Of each request."""
 
 
@@ -149,7 +150,8 @@ class FusedProposer:
         if not views:
             return []
         self._learn(views)
-        call, raised = self._merge(views, *self._draft(ctx))
+        sampled = np.array([view.temperature > 0 for view in views], dtype=bool)
+        call, raised = self._merge(views, sampled, *self._draft(ctx, sampled))
         merged = call.merged
         values = np.where(
             call.agreed, np.maximum(merged.estimates, raised), merged.estimates
@@ -157,19 +159,21 @@ class FusedProposer:
         keep = np.empty(len(values), dtype=np.bool_)
         most = np.array([view.max_nodes for view in views])
         self._compiled.likeliest(merged.starts, merged.parents, values, most, keep)
+        expected = _tokens(merged, values, ctx.node_price)
         for m in self._members[1:]:
-            m.learn(_tokens(merged, values, ctx.node_price))
+            m.learn(expected)
         for i, view in enumerate(views):
             self._past[view.req_id] = _Past(call, i, len(view.tokens))
         return self._trees(merged, keep, values)
 
-    def _draft(self, ctx: ProposeContext) -> tuple[list[DraftTree], Floats]:
+    def _draft(
+        self, ctx: ProposeContext, sampled: Bools
+    ) -> tuple[list[DraftTree], Floats]:
         """All members' trees, one member's after the other's, and their nodes'
         corrected estimates."""
-        views, drafted = ctx.requests, []
-        req_ids = [view.req_id for view in views]
-        sampled = np.array([view.temperature > 0 for view in views], dtype=bool)
-        reached, values = np.zeros(len(views)), []
+        req_ids = [view.req_id for view in ctx.requests]
+        reached = np.zeros(len(req_ids))
+        drafted, values = [], []
         for m in self._members:
             first = m is self._members[0]
             trees = m.draft(ctx, None if first else m.asked(ctx, reached, sampled))
@@ -186,7 +190,11 @@ class FusedProposer:
         return drafted, np.concatenate(values)
 
     def _merge(
-        self, views: Sequence[RequestView], drafted: list[DraftTree], values: Floats
+        self,
+        views: Sequence[RequestView],
+        sampled: Bools,
+        drafted: list[DraftTree],
+        values: Floats,
     ) -> tuple[_Call, Floats]:
         """Merges shared prefixes.
 
@@ -195,7 +203,6 @@ class FusedProposer:
         """
         count = len(views)
         req_ids = [view.req_id for view in views]
-        sampled = np.array([view.temperature > 0 for view in views], dtype=bool)
         forest = Forest.of(drafted)
         size = len(forest)
         starts = np.empty(count + 1, dtype=np.int64)
@@ -215,9 +222,7 @@ class FusedProposer:
         )  # fmt: skip
         return _Call(forest, merged, votes[:size] > 1, sampled), raised
 
-    def _trees(
-        self, forest: Forest, keep: npt.NDArray[np.bool_], values: Floats
-    ) -> list[DraftTree]:
+    def _trees(self, forest: Forest, keep: Bools, values: Floats) -> list[DraftTree]:
         starts = np.empty(len(forest.starts), dtype=np.int64)
         parents = np.empty(len(forest), dtype=np.int64)
         self._compiled.pack(forest.starts, forest.parents, keep, starts, parents)
@@ -290,7 +295,7 @@ def _observe(
     calibration: Calibration,
     forest: Forest,
     nodes: npt.NDArray[np.int64],
-    hits: npt.NDArray[np.bool_],
+    hits: Bools,
     owner: npt.NDArray[np.int64],
     call: _Call,
     req_ids: Sequence[str],
@@ -310,7 +315,7 @@ def _corrected(
     estimates: Floats,
     depths: npt.NDArray[np.int64],
     owner: npt.NDArray[np.int64],
-    sampled: npt.NDArray[np.bool_],
+    sampled: Bools,
     req_ids: Sequence[str],
 ) -> Floats:
     factors = calibration.factors(req_ids)

@@ -6,26 +6,20 @@ Importing this module imports numba, so do it late.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TypeVar
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from vllm_specplugin._jit import jit
 
 __all__ = ["learn"]
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-Function = TypeVar("Function", bound=Callable[..., object])
 
 
-def _jit(function: Function) -> Function:
-    return numba.njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
-
-
-@_jit
+@jit
 def _shift(
     trials: float, hits: float, claimed: float, above: float, prior: float, least: float
 ) -> float:
@@ -39,7 +33,7 @@ def _shift(
     return math.log(posterior / (1 - posterior)) - claim
 
 
-@_jit
+@jit
 def learn(
     claimed: Floats,
     cells: Ints,

@@ -6,26 +6,19 @@ Importing this module imports numba, so do it late.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
-
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from vllm_specplugin._jit import jit
 
 __all__ = ["follow", "off_chain", "survival"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
-Function = TypeVar("Function", bound=Callable[..., object])
 
 
-def _jit(function: Function) -> Function:
-    return numba.njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
-
-
-@_jit
+@jit
 def survival(parents: Ints, estimates: Floats) -> Floats:
     """``[nodes]`` product of the estimates along each node's path."""
     product = estimates.copy()
@@ -35,7 +28,7 @@ def survival(parents: Ints, estimates: Floats) -> Floats:
     return product
 
 
-@_jit
+@jit
 def off_chain(owner: Ints, parents: Ints, estimates: Floats) -> Bools:
     """``[nodes]`` whether a node lies beside its tree's best chain."""
     count = len(parents)
@@ -55,7 +48,7 @@ def off_chain(owner: Ints, parents: Ints, estimates: Floats) -> Bools:
     return off
 
 
-@_jit
+@jit
 def follow(
     starts: Ints, parents: Ints, tokens: Ints, emitted: Ints, nodes: Ints, hits: Bools
 ) -> int:

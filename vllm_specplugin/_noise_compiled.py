@@ -15,20 +15,22 @@ from typing import Any
 import numba
 import numpy as np
 
+from vllm_specplugin import noise
+from vllm_specplugin._jit import jit
+
 __all__ = ["gumbel", "uniform_rows"]
 
-_jit: Any = numba.njit(cache=True, nogil=True)
+_jit: Any = jit  # of functions without types
 _inline: Any = numba.njit(cache=True, nogil=True, inline="always")
 
-_ROUNDS = 10
-_LOW = np.uint64(0xFFFFFFFF)
+_LOW = np.uint64(noise.LOW)
 _N13, _N15, _N16, _N17, _N19, _N32 = (np.uint64(n) for n in (13, 15, 16, 17, 19, 32))
-_PHILOX_0, _PHILOX_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_WEYL_0, _WEYL_1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+_PHILOX_0, _PHILOX_1 = map(np.uint64, noise.MULTIPLIERS)
+_WEYL_0, _WEYL_1 = map(np.uint64, noise.WEYL)
 _MURMUR_1, _MURMUR_2 = np.uint64(0xCC9E2D51), np.uint64(0x1B873593)
 _MURMUR_3, _MURMUR_4 = np.uint64(0x85EBCA6B), np.uint64(0xC2B2AE35)
 _FIVE, _ADD = np.uint64(5), np.uint64(0xE6546B64)
-_ONE_BELOW_ONE = np.float32(1 - 2**-24)
+_ROUNDS, _MURMUR, _ONE_BELOW_ONE = noise.ROUNDS, noise.MURMUR, noise.ONE_BELOW_ONE
 _HALF, _SCALE = np.float32(0.5), np.float32(2**-32)
 
 
@@ -60,7 +62,7 @@ def _mix(state, word):
 
 
 @_inline
-def _murmur(seed, position, token):
+def _murmur_hash(seed, position, token):
     """MurmurHash3 of four words, see :mod:`.noise_murmur`."""
     state = _mix(np.uint64(0), seed & _LOW)
     state = _mix(state, seed >> _N32)
@@ -79,10 +81,10 @@ def gumbel(seed, position, token, kind):
         seed: uint64.
         position: of the token.
         token: the token.
-        kind: 0 for Philox, 1 for Murmur.
+        kind: PHILOX or MURMUR of :mod:`.noise`.
     """
-    if kind == 1:
-        u = (np.float64(_murmur(seed, position, token)) + 0.5) * 2.0**-32
+    if kind == _MURMUR:
+        u = (np.float64(_murmur_hash(seed, position, token)) + 0.5) * 2.0**-32
     else:
         c0, c1, c2, c3 = _philox(np.uint64(token >> 2), np.uint64(position), seed)
         word = token & 3

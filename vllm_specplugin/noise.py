@@ -56,11 +56,11 @@ PHILOX, MURMUR = 0, 1
 """Which noise an engine has (``EngineInfo.noise``): that of this module, or that of
 vLLM's second model runner, see :mod:`.noise_murmur`."""
 
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
-_LOW = 0xFFFFFFFF
-_ONE_BELOW_ONE = np.float32(1 - 2**-24)
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+LOW = 0xFFFFFFFF
+ONE_BELOW_ONE = np.float32(1 - 2**-24)
 
 
 def philox4x32(
@@ -75,12 +75,12 @@ def philox4x32(
     Returns:
         ``[4, n]`` random 32-bit words, held in 64 bits.
     """
-    low = np.uint64(_LOW)
+    low = np.uint64(LOW)
     shift = np.uint64(32)
-    a, b = np.uint64(_MULTIPLIERS[0]), np.uint64(_MULTIPLIERS[1])
+    a, b = np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         x, y = a * c0, b * c2
         c0, c1, c2, c3 = (
             (y >> shift) ^ c1 ^ np.uint64(k0),
@@ -88,7 +88,7 @@ def philox4x32(
             (x >> shift) ^ c3 ^ np.uint64(k1),
             x & low,
         )
-        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+        k0, k1 = (k0 + WEYL[0]) & LOW, (k1 + WEYL[1]) & LOW
     return np.stack([c0, c1, c2, c3])
 
 
@@ -114,11 +114,11 @@ def gumbel(
     tokens = np.asarray(tokens, dtype=np.uint64)
     counter = np.empty((4, len(tokens)), dtype=np.uint64)
     counter[0] = tokens >> np.uint64(2)
-    counter[1], counter[2], counter[3] = position & _LOW, (position >> 32) & _LOW, 0
-    words = philox4x32(counter, (seed & _LOW, (seed >> 32) & _LOW))
+    counter[1], counter[2], counter[3] = position & LOW, (position >> 32) & LOW, 0
+    words = philox4x32(counter, (seed & LOW, (seed >> 32) & LOW))
     bits = words[(tokens & np.uint64(3)).astype(np.intp), np.arange(len(tokens))]
     u = (bits.astype(np.float32) + np.float32(0.5)) * np.float32(2**-32)
-    u = np.minimum(u, _ONE_BELOW_ONE)
+    u = np.minimum(u, ONE_BELOW_ONE)
     noise: npt.NDArray[np.float32] = -np.log(-np.log1p(-u))
     return noise
 
@@ -188,7 +188,7 @@ def uniforms(
     >>> float(uniforms(one, np.array([5]), FLIP, np.array([0])).round(3)[0])
     0.896
     """
-    low, half = np.uint64(_LOW), np.uint64(32)
+    low, half = np.uint64(LOW), np.uint64(32)
     seeds, places = seeds.astype(np.uint64), positions.astype(np.uint64)
     counter = np.empty((4, len(seeds)), dtype=np.uint64)
     counter[0] = indices
@@ -223,7 +223,7 @@ def _tensor_uniform(
     import torch
 
     def words(values: npt.NDArray[Any], shift: int) -> torch.Tensor:
-        part = (values.astype(np.uint64) >> np.uint64(shift)) & np.uint64(_LOW)
+        part = (values.astype(np.uint64) >> np.uint64(shift)) & np.uint64(LOW)
         return torch.from_numpy(part.astype(np.int64)).to(device)[:, None]
 
     blocks = -(-vocab_size // 4)
@@ -231,19 +231,19 @@ def _tensor_uniform(
     c1, c2 = words(positions, 0), words(positions, 32)
     c3 = torch.zeros_like(c1)
     k0, k1 = words(seeds, 0), words(seeds, 32)
-    for _ in range(_ROUNDS):
-        x, y = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+    for _ in range(ROUNDS):
+        x, y = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = (
-            (y >> 32 & _LOW) ^ c1 ^ k0,
-            y & _LOW,
-            (x >> 32 & _LOW) ^ c3 ^ k1,
-            x & _LOW,
+            (y >> 32 & LOW) ^ c1 ^ k0,
+            y & LOW,
+            (x >> 32 & LOW) ^ c3 ^ k1,
+            x & LOW,
         )
-        k0, k1 = k0 + _WEYL[0] & _LOW, k1 + _WEYL[1] & _LOW
+        k0, k1 = k0 + WEYL[0] & LOW, k1 + WEYL[1] & LOW
     shape = (len(seeds), blocks)
     bits = torch.stack([c.expand(shape) for c in (c0, c1, c2, c3)], -1)
     u = (bits.flatten(1)[:, :vocab_size].float() + 0.5) * 2**-32
-    return u.clamp_(max=float(_ONE_BELOW_ONE))
+    return u.clamp_(max=float(ONE_BELOW_ONE))
 
 
 def scalar_gumbel() -> Any:

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["LinearTime", "StepShape", "StepTimeModel"]
+__all__ = ["LinearTime", "StepShape", "StepTimeModel", "call_time"]
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +178,14 @@ class LinearTime:
         self.scale = scale
 
 
+def call_time() -> LinearTime:
+    """What a call of a proposer takes, of the features 1 and requests: known from
+    the first on, most of it presumed to be there for one request too."""
+    return LinearTime(
+        np.array([0.85, 0.15]), np.array([0.5, 0.3]), noise=0.3, opening=1
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepShape:
     """What is known of a step before it runs.
@@ -211,9 +219,7 @@ class StepTimeModel:
         mean = [0.95, 0.01, *[0.0] * knots, 0.0, 0.005, 0.005, 0.003]
         spread = [0.5, 0.03, *[0.02] * knots, 0.2, 0.02, 0.02, 0.01]
         self._step = LinearTime(np.array(mean), np.array(spread))
-        self._draft = LinearTime(
-            np.array([0.85, 0.15]), np.array([0.5, 0.3]), noise=0.3, opening=1
-        )
+        self._draft = call_time()
         self._gap = LinearTime(np.array([0.5, 0.1]), np.array([0.5, 0.2]), noise=0.3)
         self._unlearnt: list[tuple[StepShape, float, float]] = []
         self.largest = 0
