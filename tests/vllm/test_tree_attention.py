@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
 from numba.core.dispatcher import Dispatcher
 
-from vllm_specplugin.draft import DraftTree
+from vllm_specplugin.draft import EMPTY_TREE, DraftTree
 from vllm_specplugin.vllm.tree_attention import cpu, reference
-from vllm_specplugin.vllm.tree_attention.plan import plan_tree_rows
+from vllm_specplugin.vllm.tree_attention.backend import PLAN_ATTRIBUTE, TreeImpl
+from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan, plan_tree_rows
 
 SCALE = 0.17
 READERS = {
@@ -43,7 +47,7 @@ def paged(rng, contexts, heads, block_size, size, reader, dtype):
     return cache, table
 
 
-def by_hand(query, cache, table, trees, read, groups):
+def by_hand(query, cache, table, trees, read, groups, whole=False):
     """Attention over exactly the visible tokens, one node at a time."""
     block_size = cache.shape[2]
     rows = []
@@ -53,9 +57,9 @@ def by_hand(query, cache, table, trees, read, groups):
             for part in read(cache[table[request].long()])
         )
         assert keys.shape[1] == table.shape[1] * block_size
-        for node in range(tree.chain_prefix, len(tree)):
+        for node in range(-1 if whole else tree.chain_prefix, len(tree)):
             seen = list(range(root_position + 1))
-            seen += [root_position + 1 + n for n in tree.path(node)]
+            seen += [root_position + 1 + n for n in tree.path(node) if node >= 0]
             q = query[root_row + 1 + node].float()
             k = keys[:, seen].repeat_interleave(groups, 0)
             v = values[:, seen].repeat_interleave(groups, 0)
@@ -72,12 +76,22 @@ def plain(query, cache, table, rows):
 
 
 def compiled(query, cache, table, rows):
-    """The kernel's result for the given rows; it must leave others as they are."""
-    output = torch.full_like(query, 7.0)
-    cpu.tree_attention(query, cache, table, rows, SCALE, output)
+    """The kernel's result for the given rows, on one thread and on three; it must
+    leave others as they are."""
+    assert cpu._has_threads()
     others = np.delete(np.arange(len(query)), rows.query)
-    assert (output[others] == 7.0).all()
-    return output[rows.query]
+    outputs = []
+    for threads in (1, 3):
+        output = torch.full_like(query, 7.0)
+        with (
+            patch.object(cpu, "threads", lambda n=threads: n),
+            patch.object(cpu, "_WORTH_THREADS", 0),
+        ):
+            cpu.tree_attention(query, cache, table, rows, SCALE, output)
+        assert (output[others] == 7.0).all()
+        outputs.append(output[rows.query])
+    assert torch.equal(outputs[0].nan_to_num(9.0), outputs[1].nan_to_num(9.0))
+    return outputs[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -117,6 +131,62 @@ def test_only_rows_behind_the_chain_are_recomputed():
     assert rows.request.tolist() == [3, 3]
     assert rows.context.tolist() == [100, 100]
     assert [bin(int(bits)) for bits in rows.nodes] == ["0b100", "0b1100"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whole_trees_have_roots_and_chains(seed):
+    rng = np.random.default_rng(seed)
+    contexts = [1, 31, 70]
+    read = reference.read_transposed_blocks
+    trees, count = random_trees(rng, contexts)
+    chain = DraftTree.chain([4, 5, 6])
+    trees += [(3, count, 39, chain), (4, count + 4, 8, EMPTY_TREE)]
+    count += 5
+    cache, table = paged(rng, [*contexts, 40, 9], 2, 32, 64, read, torch.float32)
+    query = torch.from_numpy(rng.standard_normal((count, 2, 64)).astype(np.float32))
+    rows = plan_tree_rows(trees, whole=True)
+    assert rows.query.tolist() == list(range(count))
+    expected = by_hand(query, cache, table, trees, read, 1, whole=True)
+    got = compiled(query, cache, table, rows)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+def test_the_parent_runs_only_in_steps_that_have_prompts(prompts):
+    rng = np.random.default_rng(0)
+    read = reference.read_transposed_blocks
+    trees, count = random_trees(rng, [31, 70])
+    cache, table = paged(rng, [31, 70], 2, 32, 64, read, torch.float32)
+    query = torch.from_numpy(rng.standard_normal((count, 2, 64)).astype(np.float32))
+    ran = []
+
+    class Parent:
+        scale = SCALE
+
+        def forward(self, *_):
+            output.fill_(7.0)
+            ran.append(True)
+            return output
+
+    class Impl(TreeImpl, Parent):
+        read_blocks = staticmethod(read)
+
+    plan = TreeAttentionPlan(
+        plan_tree_rows(trees),
+        np.array([1, 2]),
+        torch.device("cpu"),
+        every=None if prompts else plan_tree_rows(trees, whole=True),
+    )
+    metadata = SimpleNamespace(block_table=table, **{PLAN_ATTRIBUTE: plan})
+    layer, output = SimpleNamespace(layer_name="a"), torch.zeros_like(query)
+    Impl().forward(layer, query, query, query, cache, metadata, output)
+    assert bool(ran) == prompts
+    keys, _ = plan.kept["a"]
+    assert torch.equal(keys, query[[1, 2]])
+    expected = by_hand(query, cache, table, trees, read, 1, whole=not prompts)
+    rows = plan.rows if prompts else plan.every
+    torch.testing.assert_close(output[rows.query], expected, atol=1e-5, rtol=0)
+    assert (output[0] == 7.0).all() == prompts
 
 
 def test_64_nodes_fit_the_mask():

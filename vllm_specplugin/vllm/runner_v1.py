@@ -106,28 +106,31 @@ class TreeRunnerV1:
         layout = self._lay_out(scheduler_output, num_scheduled_tokens)
         plan = None
         if layout.branching:
-            device = self.positions.device
             rows, positions = layout.node_positions()
-            index = torch.from_numpy(rows).to(device)
-            self.positions[index] = torch.from_numpy(positions).to(device)
-            plan = TreeAttentionPlan(
-                plan_tree_rows(
-                    [
-                        (
-                            i,
-                            layout.root_rows[i],
-                            layout.root_positions[i],
-                            layout.trees[i],
-                        )
-                        for i in layout.branching
-                    ]
-                ),
-                rows,
-                device,
-                requests=len(layout.trees),
-            )
+            index = torch.from_numpy(rows).to(self.positions.device)
+            self.positions[index] = torch.from_numpy(positions).to(index.device)
+            plan = self._plan(layout, rows, num_scheduled_tokens)
         self.spec.begin(Step(layout, plan, int(num_scheduled_tokens.sum()), started))
         return prepared
+
+    def _plan(
+        self, layout: StepLayout, node_rows: Any, num_tokens: Any
+    ) -> TreeAttentionPlan:
+        every = [
+            (i, row, position, tree)
+            for i, (row, position, tree) in enumerate(
+                zip(layout.root_rows, layout.root_positions, layout.trees)
+            )
+        ]
+        # A row beyond root and nodes is a prompt's; those may be thousands.
+        prompts = (np.asarray(num_tokens) != layout.counts).any()
+        return TreeAttentionPlan(
+            plan_tree_rows([every[i] for i in layout.branching]),
+            node_rows,
+            self.positions.device,
+            requests=len(every),
+            every=None if prompts else plan_tree_rows(every, whole=True),
+        )
 
     def _lay_out(self, scheduler_output: Any, num_scheduled_tokens: Any) -> StepLayout:
         batch = self.input_batch

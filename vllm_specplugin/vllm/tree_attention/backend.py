@@ -17,6 +17,7 @@ import importlib
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -76,6 +77,11 @@ class TreeImpl:
             if attn_metadata.max_query_len <= most:
                 device.attend(self, *where, plan.trees, all_rows=True)
                 return output
+        elif plan is not None and self._computes(plan.every, query, kv_cache, output):
+            plan.keep(layer.layer_name, key, value)
+            table = attn_metadata.block_table
+            self.attend_rows(query, kv_cache, table, plan.every, output)
+            return output
         result: torch.Tensor = super().forward(  # type: ignore[misc]
             layer,
             query,
@@ -109,6 +115,33 @@ class TreeImpl:
             )
         return self.device_kernel
 
+    def _computes(
+        self,
+        every: TreeRows | None,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        output: torch.Tensor,
+    ) -> bool:
+        """Whether the compiled kernel may do all rows of a step, so that they are
+        not done twice. The parent's divides long contexts among threads, too."""
+        if every is None or not self._compiled(query, kv_cache, output):
+            return False
+        heads = kv_cache.shape[1]
+        return heads * len(np.unique(every.request)) >= cpu.threads()
+
+    def _compiled(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor
+    ) -> bool:
+        """Whether the compiled kernel for CPUs reads this layer's cache."""
+        return (
+            self.read_blocks is reference.read_transposed_blocks
+            and kv_cache.device.type == "cpu"
+            and kv_cache.dtype in cpu.SUPPORTED_DTYPES
+            and kv_cache.dtype == query.dtype == output.dtype
+            and query.shape[2] % cpu.HEAD_SIZES == 0
+            and kv_cache.is_contiguous()
+        )
+
     def attend_rows(
         self,
         query: torch.Tensor,
@@ -121,14 +154,7 @@ class TreeImpl:
         scale: float = self.scale  # type: ignore[attr-defined]
         read = self.read_blocks
         output = output.view(-1, *query.shape[1:])
-        if (
-            read is reference.read_transposed_blocks
-            and kv_cache.device.type == "cpu"
-            and kv_cache.dtype in cpu.SUPPORTED_DTYPES
-            and kv_cache.dtype == query.dtype == output.dtype
-            and query.shape[2] % cpu.HEAD_SIZES == 0
-            and kv_cache.is_contiguous()
-        ):
+        if self._compiled(query, kv_cache, output):
             cpu.tree_attention(query, kv_cache, block_table, rows, scale, output)
             return
         assert read is not None, "a plan was made for a layer without a reader"

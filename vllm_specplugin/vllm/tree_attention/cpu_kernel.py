@@ -273,17 +273,31 @@ def _attend_head(q, kv, block_size, starts, sees, context, length, score, powers
 
 
 @_jit
-def attend(query, kv, block_size, table, request, context, nodes, scale, place, out):
+def attend(
+    query,
+    kv,
+    block_size,
+    table,
+    request,
+    context,
+    nodes,
+    scale,
+    place,
+    out,
+    part,
+    parts,
+):
     """See :func:`.cpu.tree_attention`.
 
     Args:
         query: ``[m, heads, head_size]``; row ``i`` becomes ``out[place[i]]``.
         kv: ``[blocks, kv_heads, block_size, 2 * head_size]``.
+        part, parts: of the requests' heads of keys, those of one thread.
     """
     heads, size = query.shape[1:]
     kv_heads = kv.shape[1]
     group = heads // kv_heads
-    first = 0
+    first, number = 0, -1
     while first < request.shape[0]:
         end, tail = _same_request(request, nodes, first)
         base = context[first]
@@ -300,6 +314,9 @@ def attend(query, kv, block_size, table, request, context, nodes, scale, place, 
         score = np.empty((rows, width), dtype=np.float32)
         powers = np.empty(width, dtype=np.float32)
         for h in range(kv_heads):
+            number += 1
+            if number % parts != part:
+                continue
             for b in range(blocks.shape[0]):
                 starts[b] = (blocks[b] * kv_heads + h) * 2 * block_size * size
             for r in range(rows):

@@ -100,7 +100,7 @@ def _bit_lengths(bits: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
 
 
 def plan_tree_rows(
-    trees: Sequence[tuple[int, int, int, DraftTree]],
+    trees: Sequence[tuple[int, int, int, DraftTree]], whole: bool = False
 ) -> TreeRows:
     """Collects the rows that a causal kernel gets wrong.
 
@@ -108,6 +108,7 @@ def plan_tree_rows(
         trees: for each branching tree, in batch order: the request's row in the
             block table, the flat row of its root, the position of its root, and
             the tree with its chain in front.
+        whole: collect the other rows of these requests too, their roots first.
     """
     query: list[int] = []
     request: list[int] = []
@@ -116,10 +117,12 @@ def plan_tree_rows(
     for index, root_row, root_position, tree in trees:
         visible: list[int] = []
         for node, parent in enumerate(tree.parents.tolist()):
-            visible.append(1 << node | (visible[parent] if parent >= 0 else 0))
-        first = tree.chain_prefix
-        count = len(tree) - first
-        query.extend(range(root_row + 1 + first, root_row + 1 + len(tree)))
+            above = visible[parent] if parent >= 0 else 0
+            visible.append(1 << node | above)
+        visible.insert(0, 0)
+        first = 0 if whole else 1 + tree.chain_prefix
+        count = len(visible) - first
+        query.extend(range(root_row + first, root_row + len(visible)))
         request.extend([index] * count)
         context.extend([root_position + 1] * count)
         nodes.extend(visible[first:])
@@ -146,6 +149,8 @@ class TreeAttentionPlan:
     device: torch.device
     requests: int = 0
     """Of the step, with or without a tree."""
+    every: TreeRows | None = None
+    """All rows of the step, if none of them is of a chunk of a prompt."""
     kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """``layer name -> (keys, values)``, each ``[k, kv_heads, head_size]``."""
 
