@@ -11,6 +11,7 @@ import torch
 from numba.core.dispatcher import Dispatcher
 
 from vllm_specplugin.draft import EMPTY_TREE, DraftTree
+from vllm_specplugin.vllm import warm_up
 from vllm_specplugin.vllm.tree_attention import cpu, reference
 from vllm_specplugin.vllm.tree_attention.backend import PLAN_ATTRIBUTE, TreeImpl
 from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan, plan_tree_rows
@@ -267,3 +268,39 @@ def test_compiled_code_is_found_again_by_other_processes():
 
     assert isinstance(cpu_kernel.attend, Dispatcher)
     assert cpu_kernel.attend.py_func.__closure__ is None
+
+
+@pytest.mark.parametrize("dtype", cpu.SUPPORTED_DTYPES)
+def test_nothing_is_left_to_compile_in_a_step(dtype):
+    from vllm_specplugin.vllm.tree_attention import cpu_kernel, cpu_threads
+
+    with patch.object(cpu, "threads", lambda: 3):
+        cpu.compile_for(dtype)
+    ways, parts = list(cpu_kernel.attend.signatures), cpu_threads._part_for.cache_info()
+    assert ways
+    compiled(*siblings(33, 5, 2, 2, 32, 80, dtype))
+    assert cpu_kernel.attend.signatures == ways
+    assert cpu_threads._part_for.cache_info().currsize == parts.currsize
+
+
+def test_engines_compile_for_the_caches_that_they_have():
+    cache = torch.zeros(2, 1, 32, 64, dtype=torch.bfloat16)
+    reads = {"read_blocks": reference.read_transposed_blocks, "device_kernel": False}
+    other = SimpleNamespace(read_blocks=reference.read_split_blocks)
+    layers = {
+        "ours": SimpleNamespace(impl=SimpleNamespace(**reads), kv_cache=cache),
+        "other": SimpleNamespace(impl=other, kv_cache=cache.float()),
+        "no attention": SimpleNamespace(),
+    }
+    runner = SimpleNamespace(
+        spec=SimpleNamespace(why_chains=None),
+        compilation_config=SimpleNamespace(static_forward_context=layers),
+    )
+    with (
+        patch.object(warm_up, "device_rows", lambda _: None),
+        patch.object(cpu, "compile_for") as compiling,
+    ):
+        assert warm_up.warm_up(runner) == 0
+        runner.spec.why_chains = "it is told to"
+        warm_up.warm_up(runner)
+    compiling.assert_called_once_with(torch.bfloat16)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from vllm_specplugin.vllm.kv_compaction import device_rows
-from vllm_specplugin.vllm.tree_attention import device
+from vllm_specplugin.vllm.tree_attention import cpu, device, reference
 
 __all__ = ["warm_up"]
 
@@ -25,20 +25,23 @@ logger = logging.getLogger(__name__)
 
 
 def warm_up(runner: Any) -> int:
-    """Launches everything that steps with trees will; nothing where the Triton
-    kernel does not read the caches.
+    """Compiles what steps with trees will run on a CPU, or launches it on a device;
+    nothing where neither kernel reads the caches.
 
     Args:
         runner: one of ours, its caches allocated.
 
     Returns:
-        How many launches were asked for.
+        How many launches on a device were asked for.
     """
-    groups = None if runner.spec.why_chains is not None else device_rows(runner)
+    if runner.spec.why_chains is not None:
+        return 0
+    context = runner.compilation_config.static_forward_context
+    _compile_on_host(context.values())
+    groups = device_rows(runner)
     if not groups:
         return 0
     started, launches = time.perf_counter(), 0
-    context = runner.compilation_config.static_forward_context
     names = [n for g in runner.kv_cache_config.kv_cache_groups for n in g.layer_names]
     layers: dict[Hashable, Any] = {}
     for layer in (context[name] for name in names):
@@ -58,6 +61,19 @@ def warm_up(runner: Any) -> int:
     seconds = time.perf_counter() - started
     logger.info("%d launches of tree kernels in %.1f s", launches, seconds)
     return launches
+
+
+def _compile_on_host(layers: Iterable[Any]) -> None:
+    """The kernel for CPUs, for the caches that it reads."""
+    impls = ((getattr(layer, "impl", None), layer) for layer in layers)
+    for dtype in {
+        layer.kv_cache.dtype
+        for impl, layer in impls
+        if getattr(impl, "read_blocks", None) is reference.read_transposed_blocks
+        and layer.kv_cache.device.type == "cpu"
+        and layer.kv_cache.dtype in cpu.SUPPORTED_DTYPES
+    }:
+        cpu.compile_for(dtype)
 
 
 def _kind(layer: Any) -> Hashable:

@@ -22,7 +22,13 @@ import torch
 
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows
 
-__all__ = ["HEAD_SIZES", "SUPPORTED_DTYPES", "threads", "tree_attention"]
+__all__ = [
+    "HEAD_SIZES",
+    "SUPPORTED_DTYPES",
+    "compile_for",
+    "threads",
+    "tree_attention",
+]
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
 HEAD_SIZES = 8
@@ -52,26 +58,48 @@ def tree_attention(
         scale: factor on the logits.
         output: like ``query``.
     """
+    work = int(rows.context.sum()) * query.shape[1] * query.shape[2]
+    count = threads() if work >= _WORTH_THREADS else 1
+    _launch(query, kv_cache, block_table, rows, scale, output, count)
+
+
+def compile_for(dtype: torch.dtype) -> None:
+    """Compiles, or finds again what was compiled, for a type of cache: in a step it
+    would take seconds."""
+    query = torch.zeros(1, 1, HEAD_SIZES, dtype=dtype)
+    cache = torch.zeros(1, 1, 1, 2 * HEAD_SIZES, dtype=dtype)
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    none, one = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
+    rows = TreeRows(none, none.astype(np.int32), one, none.astype(np.uint64))
+    for count in {1, threads()}:
+        _launch(query, cache, table, rows, 1.0, torch.zeros_like(query), count)
+
+
+def _launch(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    rows: TreeRows,
+    scale: float,
+    output: torch.Tensor,
+    count: int,
+) -> None:
+    """As :func:`tree_attention`, on so many threads."""
+    table, out = block_table.numpy(), _array(output)
     asked = (
         _array(query)[rows.query],
         _array(kv_cache),
         kv_cache.shape[2],
-        block_table.numpy(),
+        table,
         rows.request,
         rows.context,
         rows.nodes,
         np.float32(scale),
         rows.query,
-        _array(output),
+        out,
     )
-    work = int(rows.context.sum()) * query.shape[1] * query.shape[2]
-    if (
-        work >= _WORTH_THREADS
-        and threads() > 1
-        and asked[3].flags.c_contiguous
-        and output.is_contiguous()
-    ):
-        _compiled_threads()(*asked, threads())
+    if count > 1 and table.flags.c_contiguous and out.flags.c_contiguous:
+        _compiled_threads()(*asked, count)
     else:
         _compiled()(*asked, 0, 1)
 

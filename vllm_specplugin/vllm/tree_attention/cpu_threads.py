@@ -4,7 +4,7 @@ Reading the cache is most of its work, and one core does not use up the memory's
 bandwidth. A pool of threads beside PyTorch's would take turns with it on the same
 cores, so this asks the OpenMP runtime that PyTorch has loaded for a parallel region
 (``GOMP_parallel``, which GNU's and LLVM's runtimes have). Importing this module
-imports numba and compiles, so do it late.
+imports numba, so do it late.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -12,6 +12,7 @@ imports numba and compiles, so do it late.
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -39,10 +40,11 @@ def _pointer(_, address):
     return types.voidptr(address), codegen
 
 
+@cache
 def _part_for(kind: Any) -> Any:
     """What one thread does: ``told`` holds addresses and sizes."""
 
-    @cfunc(types.void(types.voidptr))
+    @cfunc(types.void(types.voidptr), cache=True)
     def part(data):
         told = carray(data, 18, np.int64)
         n, heads, size, block_size = told[9], told[10], told[11], told[14]
@@ -63,9 +65,6 @@ def _part_for(kind: Any) -> Any:
         )
 
     return part
-
-
-_PARTS = {np.dtype(kind): _part_for(kind) for kind in (np.float32, np.uint16)}
 
 
 def attend_in_threads(
@@ -89,4 +88,4 @@ def attend_in_threads(
         ],
         dtype=np.int64,
     )
-    _REGION(_PARTS[query.dtype].address, told.ctypes.data, threads, 0)
+    _REGION(_part_for(query.dtype.type).address, told.ctypes.data, threads, 0)
