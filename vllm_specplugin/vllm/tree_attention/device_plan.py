@@ -25,6 +25,9 @@ class DeviceTreePlan:
         seq_lens: ``[requests]`` tokens of each sequence, nodes included.
     """
 
+    every: TreeRows | None = None
+    """All rows of a step as arrays are not made here."""
+
     def __init__(
         self, trees: DeviceTrees, query_start_loc: torch.Tensor, seq_lens: torch.Tensor
     ) -> None:
