@@ -176,7 +176,8 @@ def test_the_parent_runs_only_in_steps_that_have_prompts(prompts):
         plan_tree_rows(trees),
         np.array([1, 2]),
         torch.device("cpu"),
-        every=None if prompts else plan_tree_rows(trees, whole=True),
+        requests=len(trees),
+        whole=None if prompts else trees,
     )
     metadata = SimpleNamespace(block_table=table, **{PLAN_ATTRIBUTE: plan})
     layer, output = SimpleNamespace(layer_name="a"), torch.zeros_like(query)

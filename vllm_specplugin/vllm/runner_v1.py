@@ -129,7 +129,7 @@ class TreeRunnerV1:
             node_rows,
             self.positions.device,
             requests=len(every),
-            every=None if prompts else plan_tree_rows(every, whole=True),
+            whole=None if prompts else every,
         )
 
     def _lay_out(self, scheduler_output: Any, num_scheduled_tokens: Any) -> StepLayout:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from vllm_specplugin.vllm.kv_compaction import device_rows
-from vllm_specplugin.vllm.tree_attention import cpu, device, reference
+from vllm_specplugin.vllm.tree_attention import cpu, device
 
 __all__ = ["warm_up"]
 
@@ -65,14 +65,13 @@ def warm_up(runner: Any) -> int:
 
 def _compile_on_host(layers: Iterable[Any]) -> None:
     """The kernel for CPUs, for the caches that it reads."""
-    impls = ((getattr(layer, "impl", None), layer) for layer in layers)
-    for dtype in {
+    read = {
         layer.kv_cache.dtype
-        for impl, layer in impls
-        if getattr(impl, "read_blocks", None) is reference.read_transposed_blocks
-        and layer.kv_cache.device.type == "cpu"
-        and layer.kv_cache.dtype in cpu.SUPPORTED_DTYPES
-    }:
+        for layer in layers
+        if hasattr(layer, "impl")
+        and cpu.reads(getattr(layer.impl, "read_blocks", None), layer.kv_cache)
+    }
+    for dtype in read:
         cpu.compile_for(dtype)
 
 

@@ -5,6 +5,8 @@ A step whose metadata carries no plan runs the parent untouched. One that does:
 - where the Triton kernel reads the cache (``device_kernel``) and no request has
   more rows than a tree, that kernel computes all rows; with longer requests, chunks
   of prompts, the parent does and the kernel computes the nodes again;
+- where the compiled kernel for CPUs reads it and the step has no chunk of a prompt,
+  that one computes all rows;
 - elsewhere the parent runs, the tree's rows are computed again from arrays on the
   host, and the nodes' keys and values are put aside for compaction.
 
@@ -17,7 +19,6 @@ import importlib
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -77,7 +78,7 @@ class TreeImpl:
             if attn_metadata.max_query_len <= most:
                 device.attend(self, *where, plan.trees, all_rows=True)
                 return output
-        elif plan is not None and self._computes(plan.every, query, kv_cache, output):
+        elif plan is not None and self._computes(plan, query, kv_cache, output):
             plan.keep(layer.layer_name, key, value)
             table = attn_metadata.block_table
             self.attend_rows(query, kv_cache, table, plan.every, output)
@@ -117,29 +118,27 @@ class TreeImpl:
 
     def _computes(
         self,
-        every: TreeRows | None,
+        plan: Any,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         output: torch.Tensor,
     ) -> bool:
         """Whether the compiled kernel may do all rows of a step, so that they are
         not done twice. The parent's divides long contexts among threads, too."""
-        if every is None or not self._compiled(query, kv_cache, output):
-            return False
-        heads = kv_cache.shape[1]
-        return heads * len(np.unique(every.request)) >= cpu.threads()
+        return (
+            self._compiled(query, kv_cache, output)
+            and plan.every is not None
+            and plan.requests * kv_cache.shape[1] >= cpu.threads()
+        )
 
     def _compiled(
         self, query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor
     ) -> bool:
         """Whether the compiled kernel for CPUs reads this layer's cache."""
         return (
-            self.read_blocks is reference.read_transposed_blocks
-            and kv_cache.device.type == "cpu"
-            and kv_cache.dtype in cpu.SUPPORTED_DTYPES
+            cpu.reads(self.read_blocks, kv_cache)
             and kv_cache.dtype == query.dtype == output.dtype
             and query.shape[2] % cpu.HEAD_SIZES == 0
-            and kv_cache.is_contiguous()
         )
 
     def attend_rows(

@@ -21,11 +21,16 @@ import numpy.typing as npt
 import torch
 
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows
+from vllm_specplugin.vllm.tree_attention.reference import (
+    BlockReader,
+    read_transposed_blocks,
+)
 
 __all__ = [
     "HEAD_SIZES",
     "SUPPORTED_DTYPES",
     "compile_for",
+    "reads",
     "threads",
     "tree_attention",
 ]
@@ -46,6 +51,7 @@ def tree_attention(
     rows: TreeRows,
     scale: float,
     output: torch.Tensor,
+    count: int | None = None,
 ) -> None:
     """Writes the attention of the given rows, in place of what ``output`` holds there.
 
@@ -57,34 +63,11 @@ def tree_attention(
         rows: what each row sees.
         scale: factor on the logits.
         output: like ``query``.
+        count: threads; as many as are worth it if not told.
     """
-    work = int(rows.context.sum()) * query.shape[1] * query.shape[2]
-    count = threads() if work >= _WORTH_THREADS else 1
-    _launch(query, kv_cache, block_table, rows, scale, output, count)
-
-
-def compile_for(dtype: torch.dtype) -> None:
-    """Compiles, or finds again what was compiled, for a type of cache: in a step it
-    would take seconds."""
-    query = torch.zeros(1, 1, HEAD_SIZES, dtype=dtype)
-    cache = torch.zeros(1, 1, 1, 2 * HEAD_SIZES, dtype=dtype)
-    table = torch.zeros(1, 1, dtype=torch.int32)
-    none, one = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
-    rows = TreeRows(none, none.astype(np.int32), one, none.astype(np.uint64))
-    for count in {1, threads()}:
-        _launch(query, cache, table, rows, 1.0, torch.zeros_like(query), count)
-
-
-def _launch(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    rows: TreeRows,
-    scale: float,
-    output: torch.Tensor,
-    count: int,
-) -> None:
-    """As :func:`tree_attention`, on so many threads."""
+    if count is None:
+        work = int(rows.context.sum()) * query.shape[1] * query.shape[2]
+        count = threads() if work >= _WORTH_THREADS else 1
     table, out = block_table.numpy(), _array(output)
     asked = (
         _array(query)[rows.query],
@@ -102,6 +85,33 @@ def _launch(
         _compiled_threads()(*asked, count)
     else:
         _compiled()(*asked, 0, 1)
+
+
+def compile_for(dtype: torch.dtype) -> None:
+    """Compiles, or finds again what was compiled, for a type of cache: in a step it
+    would take seconds."""
+    query = torch.zeros(1, 1, HEAD_SIZES, dtype=dtype)
+    cache = torch.zeros(1, 1, 1, 2 * HEAD_SIZES, dtype=dtype)
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    none, one = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
+    rows = TreeRows(none, none.astype(np.int32), one, none.astype(np.uint64))
+    for count in {1, threads()}:
+        tree_attention(query, cache, table, rows, 1.0, torch.zeros_like(query), count)
+
+
+def reads(read_blocks: BlockReader | None, kv_cache: torch.Tensor) -> bool:
+    """Whether the kernel reads such a cache.
+
+    Args:
+        read_blocks: how its blocks were found to be laid out.
+        kv_cache: the cache.
+    """
+    return (
+        read_blocks is read_transposed_blocks
+        and kv_cache.device.type == "cpu"
+        and kv_cache.dtype in SUPPORTED_DTYPES
+        and kv_cache.is_contiguous()
+    )
 
 
 def threads() -> int:

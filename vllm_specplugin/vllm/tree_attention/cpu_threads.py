@@ -48,10 +48,10 @@ def _part_for(kind: Any) -> Any:
     def part(data):
         told = carray(data, 18, np.int64)
         n, heads, size, block_size = told[9], told[10], told[11], told[14]
-        cache = (told[12], told[13], block_size, 2 * size)
+        shape = (told[12], told[13], block_size, 2 * size)
         attend(
             carray(_pointer(told[0]), (n, heads, size), kind),
-            carray(_pointer(told[1]), cache, kind),
+            carray(_pointer(told[1]), shape, kind),
             block_size,
             carray(_pointer(told[2]), (told[15], told[16]), np.int32),
             carray(_pointer(told[3]), n, np.int32),

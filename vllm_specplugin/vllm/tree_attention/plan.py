@@ -149,10 +149,16 @@ class TreeAttentionPlan:
     device: torch.device
     requests: int = 0
     """Of the step, with or without a tree."""
-    every: TreeRows | None = None
-    """All rows of the step, if none of them is of a chunk of a prompt."""
+    whole: Sequence[tuple[int, int, int, DraftTree]] | None = None
+    """All trees of the step as :func:`plan_tree_rows` takes them, empty ones too, if
+    no row of the step is of a chunk of a prompt."""
     kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """``layer name -> (keys, values)``, each ``[k, kv_heads, head_size]``."""
+
+    @cached_property
+    def every(self) -> TreeRows | None:
+        """All rows of the step, for a kernel that does them at once."""
+        return None if self.whole is None else plan_tree_rows(self.whole, whole=True)
 
     @cached_property
     def node_index(self) -> torch.Tensor:
