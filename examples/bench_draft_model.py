@@ -70,6 +70,7 @@ def measure(
     running: dict[str, EngineProcess],
     ours: dict[str, dict[str, Any]],
     engine_of: Callable[[str], str] = lambda _: "plugin",
+    tell: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Runs all engines and all variants of the plugin's in turn.
 
@@ -78,6 +79,7 @@ def measure(
         running: engines by name.
         ours: settings of the plugin by variant.
         engine_of: the engine that a variant runs on.
+        tell: given what is known after each cell.
     """
     small = model_path("target")
     speeds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -88,6 +90,15 @@ def measure(
     ]
     shared = {engine_of(name) for name in ours}
     variants = [n for n in running if n not in shared] + list(ours)
+
+    def known() -> dict[str, Any]:
+        return {
+            "provenance": provenance(plain(args)),
+            "tokens_per_s": speeds,
+            "last_stats": stats,
+            "text_differs": {cell: sorted(v) for cell, v in differs.items()},
+        }
+
     try:
         bar = tqdm(total=(args.rounds + 1) * len(cells) * len(variants))
         for number in range(-1, args.rounds):  # the first round warms up
@@ -110,15 +121,11 @@ def measure(
                         stats[cell][variant] = engine.ask("stats")
                     bar.update()
                 differs[cell] |= {v for v in ours if texts[v] != texts["no drafts"]}
+                tell(known())
     finally:
         for engine in running.values():
             engine.close()
-    return {
-        "provenance": provenance(plain(args)),
-        "tokens_per_s": speeds,
-        "last_stats": stats,
-        "text_differs": {cell: sorted(v) for cell, v in differs.items()},
-    }
+    return known()
 
 
 def plain(args: argparse.Namespace) -> dict[str, Any]:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import product
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+from bench_draft_model import measure
+from bench_drafters import DRAFT, drafters, settings
+from bench_policies import PLAIN
 
 from vllm_specplugin.demo.inflate import inflated_model
 from vllm_specplugin.demo.models import model_path
 from vllm_specplugin.demo.workloads import workload
 from vllm_specplugin.engines import EngineProcess
 
-__all__ = ["SHAPES", "equality", "graphs", "speed"]
+__all__ = ["SHAPES", "equality", "expected", "graphs", "speed"]
 
 SHAPES: dict[str, dict[str, int]] = {
     "0.1B": {"hidden": 768, "layers": 12, "intermediate": 2048},
@@ -27,7 +35,9 @@ BASE: dict[str, Any] = {
     "max_num_batched_tokens": 8192,
     "enable_prefix_caching": True,
     "disable_log_stats": False,
-    "gpu_memory_utilization": 0.85,
+    # Several engines lie side by side: a fixed part each, not a share of what is left.
+    "kv_cache_memory_bytes": 4 << 30,
+    "gpu_memory_utilization": 0.05,
 }
 SMALL: dict[str, Any] = {  # of the embedded target, for runs without a GPU
     "max_model_len": 256,
@@ -38,19 +48,33 @@ SMALL: dict[str, Any] = {  # of the embedded target, for runs without a GPU
     "block_size": 32,
 }
 SUFFIX = {"proposer": "suffix", "policy": "fixed", "max_nodes": 16}
-NONE = {"proposer": "none", "policy": "fixed", "max_nodes": 16}
+OWN = {
+    "proposer": "draft_model",
+    "max_nodes": 16,
+    "options": {"proposer": DRAFT, "draft_timeout_ms": 60_000.0},
+}
+NO_DRAFTS: dict[str, Any] = {"proposer": "none", "options": {}}
+LENGTH = 4
+TREES, CHAINS = "draft_model", "draft_model chains"
+
+
+def loading(
+    name: str, model: str, speculate: Mapping[str, Any] | None, **changes: Any
+) -> EngineProcess:
+    """An engine that begins to load."""
+    made = {
+        "model": model,
+        "engine": {**BASE, **changes},
+        "speculate": None if speculate is None else dict(speculate),
+    }
+    return EngineProcess(name, made)
 
 
 @contextmanager
 def engine(
     name: str, model: str, speculate: Mapping[str, Any] | None, **changes: Any
 ) -> Iterator[EngineProcess]:
-    settings = {
-        "model": model,
-        "engine": {**BASE, **changes},
-        "speculate": None if speculate is None else dict(speculate),
-    }
-    with EngineProcess(name, settings) as started:
+    with loading(name, model, speculate, **changes) as started:
         yield started.wait_until_ready()
 
 
@@ -101,43 +125,69 @@ def _guarded(row: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None
 
 
 def equality(
-    device: str, backends: list[str], budget: float = 480.0, tell: Tell = _nobody
+    device: str,
+    backends: list[str],
+    budget: float = 480.0,
+    tell: Tell = _nobody,
+    eager: bool = False,
 ) -> dict[str, Any]:
-    """Part b: text with trees and without any drafts."""
+    """Part b: text with trees of each proposer and without any drafts."""
     started, rows, left_out = time.monotonic(), list[dict[str, Any]](), 0
-    for dtype in ("float32", "bfloat16") if device == "cuda" else ("float32",):
-        for backend in backends if device == "cuda" else [None]:
-            if dtype == "float32" and backend == "FLASH_ATTN":
-                continue  # it has no float32
-            if time.monotonic() - started > budget:
-                left_out += 1
-                continue
-            rows.append({"dtype": dtype, "backend": backend})
-            _guarded(rows[-1], lambda d=dtype, b=backend: _compare_texts(device, d, b))
-            tell({"rows": rows})
+    cases = [("float32", None)]
+    if device == "cuda":  # FlashAttention has no float32
+        cases = [(d, b) for d, b in product(("float32", "bfloat16"), backends)]
+        cases.remove(("float32", "FLASH_ATTN"))
+    with ExitStack() as stack:  # they load side by side
+        running = [stack.enter_context(_loading(*case, eager)) for case in cases]
+        for (dtype, backend), one in zip(cases, running):
+            for name, chosen in _proposers().items():
+                if time.monotonic() - started > budget:
+                    left_out += 1
+                    continue
+                row = {"dtype": dtype, "backend": backend, "proposer": name}
+                rows.append(row)
+                given = (one, chosen, dtype, device != "cuda")
+                _guarded(row, lambda g=given: _compare(*g))
+                tell({"rows": rows})
     ok = all(row["ok"] for row in rows)
     return {"ok": ok, "left_out": left_out, "rows": rows}
 
 
-def _compare_texts(device: str, dtype: str, backend: str | None) -> dict[str, Any]:
-    tokens, batch = (128, 16) if device == "cuda" else (12, 2)
-    changes: dict[str, Any] = {"dtype": dtype}
+def _loading(dtype: str, backend: str | None, eager: bool) -> EngineProcess:
+    changes: dict[str, Any] = {"dtype": dtype, "enforce_eager": eager}
     changes |= SMALL if backend is None else {"attention_backend": backend}
-    texts, stats = {}, {}
-    for name, chosen in (("none", NONE), ("suffix", SUFFIX)):
-        with engine(name, str(model_path("target")), chosen, **changes) as running:
-            texts[name] = [
-                generate(running, batch, t, tokens)["tokens"] for t in (0.0, 1.0)
-            ]
-            stats[name] = running.ask("stats")
-    shares = [same_share(*pair) for pair in zip(texts["none"], texts["suffix"])]
+    return loading("plugin", str(model_path("target")), OWN, **changes)
+
+
+def _proposers() -> dict[str, dict[str, Any]]:
+    """Those that one engine with a draft model can change to."""
+    known = drafters(model_path("medusa"), model_path("eagle"))
+    return {
+        name: settings(chosen, "fixed")
+        for name, chosen in known.items()
+        if "eagle" not in name and name != "no drafts"
+    }
+
+
+def _compare(
+    running: EngineProcess, chosen: dict[str, Any], dtype: str, small: bool
+) -> dict[str, Any]:
+    tokens, batch = (12, 2) if small else (128, 16)
+    texts: list[list[Any]] = []
+    for one in (settings(NO_DRAFTS, "fixed"), chosen):
+        running.ask("reset", changes=one)
+        texts.append(
+            [generate(running, batch, t, tokens)["tokens"] for t in (0.0, 1.0)]
+        )
+    stats = running.ask("stats")
+    shares = [same_share(*pair) for pair in zip(*texts)]
     return {
         "same_share": dict(zip(("T=0", "T=1"), shares)),
-        "chains_only": stats["suffix"]["chains_only"],
-        "tree_requests": stats["suffix"].get("tree_requests"),
-        "kv_rows_moved": stats["suffix"].get("kv_rows_moved"),
-        "ok": (dtype != "float32" or min(shares) == 1.0)
-        and (device != "cuda" or stats["suffix"]["kv_rows_moved"] > 0),
+        "chains_only": stats["chains_only"],
+        "tree_requests": stats.get("tree_requests"),
+        "tokens_per_request_step": stats["tokens_per_request_step"],
+        "failures": stats["failures"],
+        "ok": (dtype != "float32" or min(shares) == 1.0) and not stats["failures"],
     }
 
 
@@ -175,109 +225,72 @@ def graphs(shape: str, budget: float = 480.0, tell: Tell = _nobody) -> dict[str,
     return {"ok": ok, "left_out": left_out, "rows": rows}
 
 
-def _variants(length: int) -> dict[str, tuple[dict[str, Any], Any]]:
-    """Name to engine arguments and the plugin's settings."""
-    draft = str(model_path("draft"))
-    native = {"num_speculative_tokens": length}
-    ngram = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2}
-    own = {"options": {"proposer": {"model": draft}}, "max_nodes": 16}
-    small = {"method": "draft_model", "model": draft}
-    return {
-        "vllm": ({}, None),
-        "vllm ngram": ({"speculative_config": {**ngram, **native}}, None),
-        "vllm draft_model": ({"speculative_config": {**small, **native}}, None),
-        "no drafts": ({}, NONE),
-        "suffix": ({}, {"proposer": "suffix", "max_nodes": 16}),
-        "draft_model trees": ({}, {"proposer": "draft_model", **own}),
-        "draft_model chains": (
-            {},
-            {
-                "proposer": "draft_model",
-                "max_nodes": length,
-                "policy": "fixed",
-                "options": {"proposer": {"model": draft, "siblings": 1, "width": 1}},
-            },
-        ),
+def _engines(names: Iterable[str], model: str, eager: bool) -> dict[str, EngineProcess]:
+    """Engines of part d, loading side by side."""
+    native = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    small = {"method": "draft_model", "model": DRAFT["model"]}
+    changes: dict[str, dict[str, Any]] = {
+        f"vLLM ngram {LENGTH}": native,
+        f"vLLM draft_model {LENGTH}": small,
     }
+    made = {}
+    for name in names:
+        given: dict[str, Any] = {"dtype": "bfloat16", "enforce_eager": eager}
+        if name in changes:
+            given["speculative_config"] = {
+                **changes[name],
+                "num_speculative_tokens": LENGTH,
+            }
+        made[name] = loading(name, model, OWN if name == "plugin" else None, **given)
+    return made
 
 
-def speed(
-    shape: str,
-    batches: list[int],
-    temperatures: list[float],
-    rounds: int,
-    budget: float,
-    only: list[str] | None = None,
-    tell: Tell = _nobody,
-) -> dict[str, Any]:
-    """Part d: tokens per second of an inflated target in bfloat16. Engines follow
-    one another, as one fills the GPU; each measures its rounds by itself."""
-    started = time.monotonic()
-    model = str(inflated_model(model_path("target"), **SHAPES[shape]))
-    rows: list[dict[str, Any]] = []
-    left_out: list[str] = []
-    for name, (changes, chosen) in _variants(4).items():
-        if only and name not in only:
-            continue
-        if time.monotonic() - started > budget:
-            left_out.append(name)
-            continue
-        try:
-            with ExitStack() as stack:
-                running = stack.enter_context(
-                    engine(name, model, chosen, dtype="bfloat16", **changes)
-                )
-                for batch, t in product(batches, temperatures):
-                    rows.append(_cell(running, name, batch, t, rounds, chosen))
-                    tell({"shape": shape, "rows": rows})
-        except Exception as error:
-            rows.append({"variant": name, "error": f"{type(error).__name__}: {error}"})
-    return {"shape": shape, "ok": _expected(rows), "rows": rows, "left_out": left_out}
+def _variants(policy: str) -> dict[str, dict[str, Any]]:
+    """Of the plugin, by name; vLLM's own are told apart by theirs."""
+    known = drafters(model_path("medusa"), model_path("eagle"))
+    names = ("no drafts", "suffix", TREES, "fused suffix+draft_model")
+    made = {name: settings(known[name], policy) for name in names}
+    one = {"model": DRAFT["model"], "siblings": 1, "width": 1}
+    chains = settings({"proposer": "draft_model", "options": one}, "fixed")
+    chains["options"]["policy"] = {"nodes": LENGTH}
+    return {**made, CHAINS: chains}
 
 
-def _cell(
-    running: EngineProcess, name: str, batch: int, t: float, rounds: int, chosen: Any
-) -> dict[str, Any]:
-    generate(running, batch, t, 32)
-    if chosen is not None:
-        running.ask("reset", changes={})
-        generate(running, batch, t, 32)
-    found = [generate(running, batch, t, 128, seed=n) for n in range(rounds)]
-    speeds = [one["tokens_per_s"] for one in found]
-    row = {
-        "variant": name,
-        "batch": batch,
-        "T": t,
-        "tokens_per_s": statistics.median(speeds),
-        "min": min(speeds),
-        "max": max(speeds),
-        "spec": found[-1]["spec"],
-    }
-    if chosen is not None:
-        stats = running.ask("stats")
-        row["stats"] = stats
-        if steps := stats.get("steps"):
-            row["step_ms"] = 1e3 * sum(one["seconds"] for one in found) / steps
-    return row
+def speed(args: argparse.Namespace, tell: Tell = _nobody) -> dict[str, Any]:
+    """Part d: tokens per second of an inflated target in bfloat16, all engines in
+    turn on the same prompts."""
+    model = str(inflated_model(model_path("target"), **SHAPES[args.shape]))
+    natives = [PLAIN, f"vLLM ngram {LENGTH}", f"vLLM draft_model {LENGTH}"]
+    variants = _variants("goodput")
+    if args.variants:
+        natives = [name for name in natives if name in {PLAIN, *args.variants}]
+        variants = {n: v for n, v in variants.items() if n in args.variants}
+    variants["no drafts"] = _variants("goodput")["no drafts"]
+    running = _engines([*natives, "plugin"], model, args.eager)
+
+    def summed(report: dict[str, Any]) -> dict[str, Any]:
+        return {"shape": args.shape, "ok": expected(report), **report}
+
+    asked = argparse.Namespace(
+        **vars(args), workloads=["code"], waves=2, max_tokens=128
+    )
+    report = measure(asked, running, variants, tell=lambda r: tell(summed(r)))
+    return summed(report)
 
 
-def _expected(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def expected(report: dict[str, Any]) -> dict[str, Any]:
     """What is hoped for, cell by cell."""
-    speeds = {
-        (row["variant"], row["batch"], row["T"]): row["tokens_per_s"]
-        for row in rows
-        if "error" not in row
-    }
     found = {}
-    for (name, batch, t), value in speeds.items():
-        if name != "draft_model trees":
+    for cell, speeds in report["tokens_per_s"].items():
+        median = {name: statistics.median(given) for name, given in speeds.items()}
+        if TREES not in median:
             continue
-        chain = speeds.get(("draft_model chains", batch, t))
-        plain = speeds.get(("vllm", batch, t))
-        found[f"batch {batch} T={t:g}"] = {
-            "over_chain": chain and value / chain,
-            "expected_over_chain": 1.13 if batch <= 4 else 0.99,
-            "over_vllm": plain and value / plain,
-            "expected_over_vllm": 2.5 if batch == 1 else None,
+        small = int(cell.rpartition(" ")[2]) <= 4
+        trees, chains = median[TREES], median.get(CHAINS)
+        found[cell] = {
+            "over_chain": chains and trees / chains,
+            "expected_over_chain": 1.13 if small else 0.99,
+            "over_vllm": trees / median[PLAIN],
+            "expected_over_vllm": 2.5 if cell.endswith(" 1") else None,
         }
     return found

@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -78,7 +79,9 @@ def parts(
     def equality() -> Any:
         import gpu_engines
 
-        return gpu_engines.equality(device, args.backends, args.budget, tell)
+        return gpu_engines.equality(
+            device, args.backends, args.budget, tell, args.eager
+        )
 
     def graphs() -> Any:
         import gpu_engines
@@ -88,15 +91,7 @@ def parts(
     def speed() -> Any:
         import gpu_engines
 
-        return gpu_engines.speed(
-            args.shape,
-            args.batch,
-            args.temperatures,
-            args.rounds,
-            args.budget,
-            args.variants,
-            tell,
-        )
+        return gpu_engines.speed(args, tell)
 
     def times() -> Any:
         import gpu_kernels
@@ -154,18 +149,20 @@ def in_child(part: str, command: Sequence[str], seconds: float) -> dict[str, Any
 def share_of_a_step(report: dict[str, Any]) -> dict[str, Any] | None:
     """Moving rows against the steps of part d, where both parts ran."""
     moves = report.get("e", {}).get("moves", {}).get("rows")
-    rows = report.get("d", {}).get("rows")
-    if not moves or not rows:
+    speeds = report.get("d", {}).get("tokens_per_s")
+    if not moves or not speeds:
         return None
     found = {}
-    for row in rows:
-        if row.get("variant") != "draft_model trees" or "step_ms" not in row:
+    for cell, by_variant in speeds.items():
+        stats = report["d"]["last_stats"].get(cell, {}).get("draft_model")
+        if stats is None or not by_variant.get("draft_model"):
             continue
-        timed = max((m for m in moves if m["requests"] <= row["batch"]),
+        batch = int(cell.rpartition(" ")[2])
+        tokens = batch * stats["tokens_per_request_step"]
+        step_us = 1e6 * tokens / statistics.median(by_variant["draft_model"])
+        timed = max((m for m in moves if m["requests"] <= batch),
                     key=lambda m: m["requests"])  # fmt: skip
-        found[f"batch {row['batch']} T={row['T']:g}"] = (
-            timed["us"] / 1e3 / row["step_ms"]
-        )
+        found[cell] = timed["us"] / step_us
     return {"share": found, "expected": "at most 0.02"}
 
 
@@ -195,6 +192,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         default=570.0,
         help="seconds of all parts, after which the one that runs is ended",
     )
+    parser.add_argument(
+        "--eager", action="store_true", help="of parts b and d: nothing compiled"
+    )
     parser.add_argument("--dry-run", action="store_true", help="without a GPU")
     args = parser.parse_args(given)
     args.parts = args.parts or (["a"] if args.dry_run else list(PARTS))
@@ -218,6 +218,7 @@ def command(args: argparse.Namespace, part: str, budget: float) -> list[str]:
         *("--temperatures", *map(str, args.temperatures)),
         *("--backends", *args.backends),
         *(["--variants", *args.variants] if args.variants else []),
+        *(["--eager"] if args.eager else []),
         *("--budget", str(budget), "--json"),
     ]
 

@@ -49,6 +49,26 @@ def check_text_and_logits(
     return before, after
 
 
+def check_whole_sizes(
+    drafting: Engine, reference: Engine, prompts: list[list[int]]
+) -> None:
+    """Nothing changes where CUDA graphs would be replayed, whose sizes are whole.
+
+    Args:
+        drafting: the engine that drafts.
+        reference: one that does not.
+        prompts: a few are taken.
+    """
+    prompts = [[400, *prompt] for prompt in prompts]  # nobody's prefix
+    drafting.ask("draft_sizes", multiple=8)
+    try:
+        check_text_and_logits(
+            drafting, reference, prompts, temperature=1.0, max_tokens=16, rows=80
+        )
+    finally:
+        drafting.ask("draft_sizes", multiple=None)
+
+
 def check_broken(
     drafting: Engine, prompts: list[list[int]], command: str, part: str
 ) -> None:

@@ -9,7 +9,12 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from .conftest import ENGINES, MAX_NODES, TARGET, Engine, start
-from .drafting_checks import CLOSE, check_broken, check_text_and_logits
+from .drafting_checks import (
+    CLOSE,
+    check_broken,
+    check_text_and_logits,
+    check_whole_sizes,
+)
 
 DRAFT = str(TARGET.parent / "draft")
 OPTIONS = {"model": DRAFT, "depth": 4, "width": 3, "siblings": 3, "min_survival": 0.0}
@@ -75,6 +80,13 @@ def test_what_the_model_knows_survives_resets_and_reloads(
     assert text() == expected
     seen = drafting.ask("seen")
     assert seen["rows"] > 30 and seen["worst"] < CLOSE
+
+
+@pytest.mark.parametrize("drafting", ["chunked"], indirect=True)
+def test_same_where_sizes_of_passes_are_those_of_graphs(
+    drafting: Engine, prompts: list[list[int]], engine: Callable[[str], Engine]
+) -> None:
+    check_whole_sizes(drafting, engine("uncached"), prompts)
 
 
 @pytest.mark.parametrize("drafting", ["chunked"], indirect=True)

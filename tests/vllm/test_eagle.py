@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from .conftest import ENGINES, HERE, MAX_NODES, TARGET, Engine, start
-from .drafting_checks import check_broken, check_text_and_logits
+from .drafting_checks import check_broken, check_text_and_logits, check_whole_sizes
 
 sys.path.insert(0, str(HERE / "support"))
 import spec_eagle
@@ -76,6 +76,13 @@ def test_same_text_and_same_logits_as_a_fresh_prefill(
     )
     assert after["accepted"] - before["accepted"] >= ACCEPTED[drafting.name]
     assert drafting.ask("preemptions") > 0
+
+
+@pytest.mark.parametrize("drafting", ["eagle"], indirect=True)
+def test_same_where_sizes_of_passes_are_those_of_graphs(
+    drafting: Engine, prompts: list[list[int]], engine: Callable[[str], Engine]
+) -> None:
+    check_whole_sizes(drafting, engine("uncached"), prompts)
 
 
 @pytest.mark.parametrize("drafting", ["eagle"], indirect=True)

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -35,6 +36,7 @@ WORD = 64
 """Nodes of one request that a mask of one word can tell apart."""
 
 Ints = npt.NDArray[np.int64]
+Integers = npt.NDArray[np.integer]
 Nodes = tuple[Ints, Ints, Ints, TreeRows]
 """What :meth:`PagedDraftModel.run_nodes` is told of them."""
 
@@ -64,6 +66,8 @@ class PagedDraftModel:
         layers = {name: context[name] for name in self.layer_names}
         if foreign := [name for name, x in layers.items() if not hasattr(x, "impl")]:
             return f"it has layers that are not attention ({foreign[0]})"
+        if self._drafter.uses_mrope:
+            return "its positions have several axes (M-RoPE)"
         if any(
             g.kernel_block_size is not None for g in self._drafter.draft_attn_groups
         ):
@@ -243,29 +247,67 @@ class PagedDraftModel:
 
     def _forward(
         self,
-        tokens: npt.NDArray[np.integer],
+        tokens: Integers,
         positions: Ints,
         slots: torch.Tensor,
         metadata: Mapping[str, Any],
         features: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the lm_head reads of each row, and what rows after it do."""
-        device, count = self._runner.device, len(tokens)
-        read = {} if features is None else {"hidden_states": features}
+        """What the lm_head reads of each row, and what rows after it do.
+
+        Where vLLM has captured CUDA graphs of the draft model, the pieces between
+        its attention layers are replayed. These read vLLM's drafting buffers, whole
+        sizes of them, and what they return holds until the next call.
+        """
+        drafter, count = self._drafter, len(tokens)
         self.tokens += count
+        mode, padded = drafter.cudagraph_dispatcher.dispatch(count)
+        if mode == CUDAGraphMode.NONE:
+            given = self._as_tensors(tokens, positions, features)
+            where = self._shared(slots)
+        else:
+            given = self._in_buffers(padded.num_tokens, tokens, positions, features)
+            where = drafter._get_slot_mapping(padded.num_tokens, slots)
         with set_forward_context(
             metadata,
-            self._drafter.vllm_config,
-            num_tokens=count,
-            slot_mapping=self._shared(slots),
+            drafter.vllm_config,
+            num_tokens=padded.num_tokens,
+            cudagraph_runtime_mode=mode,
+            slot_mapping=where,
         ):
-            hidden: Any = self._drafter.model(
-                input_ids=torch.from_numpy(tokens.astype(np.int32)).to(device),
-                positions=torch.from_numpy(positions).to(device),
-                inputs_embeds=None,
-                **read,
-            )
-        return hidden if isinstance(hidden, tuple) else (hidden, hidden)
+            hidden: Any = drafter.model(inputs_embeds=None, **given)
+        read, passed = hidden if isinstance(hidden, tuple) else (hidden, hidden)
+        return read[:count], passed[:count]
+
+    def _as_tensors(
+        self, tokens: Integers, positions: Ints, features: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        device = self._runner.device
+        given = {
+            "input_ids": torch.from_numpy(tokens.astype(np.int32)).to(device),
+            "positions": torch.from_numpy(positions).to(device),
+        }
+        return given if features is None else {**given, "hidden_states": features}
+
+    def _in_buffers(
+        self,
+        size: int,
+        tokens: Integers,
+        positions: Ints,
+        features: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """Rows behind the given ones keep what they held, and are not stored."""
+        drafter, count = self._drafter, len(tokens)
+        drafter.input_ids[:count] = torch.from_numpy(tokens)
+        drafter.positions[:count] = torch.from_numpy(positions)
+        given = {
+            "input_ids": drafter.input_ids[:size],
+            "positions": drafter.positions[:size],
+        }
+        if features is not None:  # no rows wait in there while a head runs
+            drafter.hidden_states[:count] = features
+            given["hidden_states"] = drafter.hidden_states[:size]
+        return given
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self._drafter.model.compute_logits(hidden)

@@ -90,6 +90,13 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
     f"{_RUNNER}._bookkeeping_sync": None,
     "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
     ".build_per_group_and_layer_attn_metadata": ("self", "common_attn_metadata"),
+    # draft models: which CUDA graph a pass takes, and where that reads its slots
+    "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch": ("self", "num_tokens"),
+    "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer._get_slot_mapping": (
+        "self",
+        "num_tokens",
+        "slot_mapping",
+    ),
     # choices of vLLM's drafters are steered here
     "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
     "._sample_draft_tokens": ("self", "hidden_states", "sampling_metadata"),

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import spec_drafts
 import spec_logits
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import BatchDescriptor
 
 from vllm_specplugin.layout import StepLayout
 from vllm_specplugin.vllm import (
@@ -159,6 +161,21 @@ def _orphans(self: Any, owners: Any, parents: Any, nodes: Any) -> Any:
     return run(self, owners, np.full(len(parents), -1), nodes)
 
 
+def draft_sizes(llm: Any, request: dict[str, Any]) -> None:
+    """Has a draft model run as if vLLM had captured CUDA graphs of it, of whole
+    multiples of so many rows; ``None`` ends that. Nothing is replayed on a CPU:
+    what is tested is what a graph would be given."""
+    multiple, llm = request["multiple"], llm.llm_engine.engine_core.engine_core
+    runner = llm.model_executor.driver_worker.worker.model_runner
+    dispatcher = runner.drafter.cudagraph_dispatcher
+    vars(dispatcher).pop("dispatch", None)
+    if multiple is not None:
+        dispatcher.dispatch = lambda count: (
+            CUDAGraphMode.PIECEWISE,
+            BatchDescriptor(num_tokens=-(-count // multiple) * multiple),
+        )
+
+
 def preemptions(llm: Any, request: dict[str, Any]) -> int:
     """How many requests vLLM has preempted so far."""
     return sum(
@@ -174,6 +191,7 @@ if __name__ == "__main__":
             "preemptions": preemptions,
             "break_drafts": break_drafts,
             "break_heads": break_heads,
+            "draft_sizes": draft_sizes,
             "seen": spec_drafts.seen,
             "poison": spec_logits.poison,
             "step_times": spec_logits.step_times,
