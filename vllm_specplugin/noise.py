@@ -17,13 +17,16 @@ by the counter's last word: what rules other than ``exact`` decide with. The noi
 above may be shared with the draft; a test against q or a draw from a residual
 that used it would be biased.
 
-Three implementations give identical bits: :func:`philox4x32` in NumPy is the
-readable one and serves proposers, which evaluate few tokens; a compiled loop
-serves whole vocabularies on CPU; tensor arithmetic serves them elsewhere.
+Four implementations give identical bits: :func:`philox4x32` in NumPy is the
+readable one and serves proposers, which evaluate few tokens; whole vocabularies are
+served by a compiled loop on CPU, by a Triton kernel on GPUs and by tensor arithmetic
+elsewhere.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -158,6 +161,13 @@ def gumbel_rows(
 
         _noise_compiled.uniform_rows(seeds, positions.astype(np.uint64), u)
         uniform = torch.from_numpy(u)
+    elif device.type == "cuda" and _has_triton():
+        from vllm_specplugin import _noise_triton
+
+        pairs = np.stack([seeds.astype(np.uint64).view(np.int64), positions])
+        uniform = _noise_triton.uniform_rows(
+            torch.from_numpy(pairs).to(device), vocab_size
+        )
     else:
         uniform = _tensor_uniform(seeds, positions, vocab_size, device)
     return uniform.neg_().log1p_().neg_().log_().neg_()
@@ -210,6 +220,11 @@ def request_seed(engine_seed: int, index: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
     return z ^ (z >> 31)
+
+
+@lru_cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _tensor_uniform(

@@ -118,7 +118,14 @@ def start(
             "engine": {**_BASE, **engine},
             "speculate": speculate,
         },
-        environment={"PYTHONPATH": str(HERE / "support"), **(environment or {})},
+        environment={
+            "PYTHONPATH": str(HERE / "support"),
+            # Engines of several test files share the machine's cores, and threads
+            # that wait for one another do worst.
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            **(environment or {}),
+        },
         module="spec_child",
     )
 

@@ -200,3 +200,13 @@ def test_moving_of_rows(word: Any) -> None:
     assert stack == 0
     # Each move is over before the next one: what it overwrites has been read.
     assert "bar.sync" in made.asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", DEVICES)
+def test_noise(capability: int) -> None:
+    from vllm_specplugin._noise_triton import uniform_kernel
+
+    constants = {"ROUNDS": 10, "BLOCK": 256}
+    types = {"keys": "*i64", "out": "*fp32"}
+    _, stack = compiled(uniform_kernel, capability, constants, types, num_warps=4)
+    assert stack == 0

@@ -89,7 +89,7 @@ def test_a_model_run_level_by_level_goes_to_the_first_runner(caplog):
         )
     assert method["method"] == "draft_model"
     assert "driven" not in method
-    assert asynchronous is None
+    assert asynchronous is False
     assert vllm.envs.VLLM_USE_V2_MODEL_RUNNER is False
     assert "vLLM's first model runner, because proposer 'draft_model'" in caplog.text
 
@@ -126,7 +126,7 @@ def test_the_first_runner_is_kept_where_vllm_keeps_it(
     method, asynchronous, _ = told("token_recycling", policy="fixed")
     assert method["method"] == "custom_class"
     assert method["model"] == DRAFTER
-    assert asynchronous is None
+    assert asynchronous is False
 
 
 def test_asynchronous_scheduling_cannot_be_forced():

@@ -82,7 +82,8 @@ def engine_arguments(
         },
         "additional_config": {CONFIG_KEY: config.to_dict()},
     }
-    if choice.second and choice.nodes is None:
+    if choice.nodes is None and (choice.second or asynchronous is None):
+        # Left to itself vLLM schedules its own draft models asynchronously on a GPU.
         arguments["async_scheduling"] = False
     return arguments
 

@@ -64,6 +64,8 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
     # workers
     "vllm.v1.worker.gpu_worker:Worker.init_device": ("self",),
     "vllm.v1.worker.cpu_worker:CPUWorker.init_device": ("self",),
+    # the last moment at which kernels may be compiled
+    "vllm.v1.worker.gpu_worker:Worker._maybe_activate_jit_monitor": ("self",),
     # the runner's steps that we override
     f"{_RUNNER}._update_states": ("self", "scheduler_output"),
     f"{_RUNNER}._prepare_inputs": (

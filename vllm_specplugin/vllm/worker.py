@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 class SpecWorkerMixin:
     """Mixed into the platform's worker class."""
 
+    _warm = False
+
     def init_device(self) -> None:
         log_as_vllm_does()
         check_version()
@@ -39,9 +41,19 @@ class SpecWorkerMixin:
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
-        warm_up(self.model_runner)  # type: ignore[attr-defined]
+        self._warm_up()
         logger.info(describe(self.model_runner))  # type: ignore[attr-defined]
         return result
+
+    def _maybe_activate_jit_monitor(self) -> None:
+        # From here on vLLM counts compiling as a fault; its worker for CPUs does not.
+        self._warm_up()
+        super()._maybe_activate_jit_monitor()  # type: ignore[misc]
+
+    def _warm_up(self) -> None:
+        if not self._warm:
+            self._warm = True
+            warm_up(self.model_runner)  # type: ignore[attr-defined]
 
     def shutdown(self) -> None:
         if (spec := getattr(self.model_runner, "spec", None)) is not None:  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from vllm_specplugin.vllm import (
     runner_v1,
     state,
 )
+from vllm_specplugin.vllm.tree_attention import plan
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows
 
 _WHOLE = {
@@ -47,13 +48,13 @@ _WHOLE_HEADS = {
 
 def break_part(llm: Any, request: dict[str, Any]) -> None:
     """Breaks one part of the engine on purpose, or mends them all."""
-    runner_v1.plan_tree_rows = _WHOLE["mask"]
+    runner_v1.plan_tree_rows = plan.plan_tree_rows = _WHOLE["mask"]
     StepLayout.node_positions = _WHOLE["positions"]
     runner_v1.compact = _WHOLE["compaction"]
     state.target_rows = _WHOLE["hidden"]
     part = request["part"]
     if part == "mask":
-        runner_v1.plan_tree_rows = _causal_rows
+        runner_v1.plan_tree_rows = plan.plan_tree_rows = _causal_rows
     elif part == "positions":
         StepLayout.node_positions = _flat_positions
     elif part == "compaction":
@@ -62,8 +63,8 @@ def break_part(llm: Any, request: dict[str, Any]) -> None:
         state.target_rows = _first_row
 
 
-def _causal_rows(trees: Any) -> TreeRows:
-    rows = _WHOLE["mask"](trees)
+def _causal_rows(trees: Any, **how: Any) -> TreeRows:
+    rows = _WHOLE["mask"](trees, **how)
     # What vLLM's kernel does by itself: every earlier node is visible.
     first = {request: row for request, row, *_ in trees}
     nodes = [
