@@ -1,10 +1,12 @@
 """A member of ``fused``: when it is asked, what its call costs, and its failures.
 
-What a member adds depends on what the members before it have drafted already: where
-a text is being copied, a draft model has nothing to add to a suffix tree. What it
-added is learnt by how many tokens were expected without it. It is asked for those
-requests, and only then, if the tokens that it should add are worth, at the engine's
-present speed, more than its call takes.
+What a member adds depends on what the others have drafted: where a text is being
+copied, a draft model has nothing to add to a suffix tree, and elsewhere a suffix tree
+has little to add to a draft model's. What it added is learnt by how many tokens were
+expected of the members before it. It is asked for those requests, and only then, if
+the tokens that it should add are worth, at the engine's present speed, more than its
+call takes. Where it is not asked, it is tried now and then, the sooner the less that
+loses.
 """
 
 from __future__ import annotations
@@ -37,8 +39,14 @@ _KNOWN = 3
 _FADE = 0.05
 """Share of the newest request in what is known of a case."""
 
+_TRIAL = 0.005
+"""Tokens per step and request that trying a refused case again may lose."""
+
 _STALE = 64
-"""Steps in which a case was refused, after which it is tried again."""
+"""Steps after which that is done at the latest."""
+
+_HALF = 0.5
+"""Most that a case tried again may forget at once."""
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -73,7 +81,7 @@ class Member:
         """By case: tokens that it added, requests, and steps without a call."""
         self._cases: tuple[npt.NDArray[np.int64], Floats] | None = None
         """Of the requests of this call: which case they are, -1 for those it was not
-        asked for, and the tokens expected without it."""
+        asked for, and for how many steps that case had been refused."""
 
     @property
     def enabled(self) -> bool:
@@ -106,14 +114,17 @@ class Member:
 
         Args:
             ctx: the call.
-            reached: ``[requests]`` accepted tokens expected without it.
+            reached: ``[requests]`` accepted tokens expected of the members before it.
             sampled: ``[requests]`` whether they decode at a temperature.
         """
         cases = sampled * (len(_EDGES) + 1) + np.searchsorted(_EDGES, reached, "right")
         added, seen, refused = (
             x.reshape(-1) for x in (self._added, self._seen, self._refused)
         )
-        unknown = (seen[cases] < _KNOWN) | (refused[cases] >= _STALE)
+        price = ctx.rate * self._seconds(len(cases)) / len(cases)
+        # What a trial may lose is what it costs less what it should win.
+        due = np.clip((price - added[cases]) / _TRIAL, 1, _STALE)
+        unknown = (seen[cases] < _KNOWN) | (refused[cases] >= due)
         chosen = np.ones(len(cases), dtype=np.bool_)
         if ctx.rate > 0 and not self._whole_batch:
             one, two = ctx.rate * self._seconds(1), ctx.rate * self._seconds(2)
@@ -121,9 +132,9 @@ class Member:
             gain = float(added[cases[chosen]].sum())
             if not unknown.any() and gain <= ctx.rate * self._seconds(chosen.sum()):
                 chosen[:] = False
+        self._cases = np.where(chosen, cases, -1), refused[cases]
         refused[np.unique(cases[~chosen])] += 1
         refused[np.unique(cases[chosen])] = 0
-        self._cases = np.where(chosen, cases, -1), reached
         return chosen
 
     def draft(self, ctx: ProposeContext, asked: Bools | None) -> list[DraftTree]:
@@ -147,22 +158,23 @@ class Member:
             trees[i] = tree
         return trees
 
-    def learn(self, tokens: Floats) -> None:
+    def learn(self, added: Floats) -> None:
         """After all have drafted.
 
         Args:
-            tokens: ``[requests]`` accepted tokens expected with it.
+            added: ``[requests]`` accepted tokens expected with it and not without.
         """
         if self._cases is None:
             return
-        cases, reached = self._cases
+        cases, refused = self._cases
         self._cases = None
-        added, seen = self._added.reshape(-1), self._seen.reshape(-1)
-        gains = np.maximum(tokens - reached, 0.0)
+        known, seen = self._added.reshape(-1), self._seen.reshape(-1)
+        gains = np.maximum(added, 0.0)
         for i in np.flatnonzero(cases >= 0).tolist():
             case = cases[i]
             seen[case] += 1
-            added[case] += max(_FADE, 1 / seen[case]) * (gains[i] - added[case])
+            passed = min(_HALF, _FADE * (1 + refused[i]))
+            known[case] += max(passed, 1 / seen[case]) * (gains[i] - known[case])
 
     def release(self, req_ids: Sequence[str]) -> None:
         """Forgets requests."""

@@ -151,7 +151,8 @@ class FusedProposer:
             return []
         self._learn(views)
         sampled = np.array([view.temperature > 0 for view in views], dtype=bool)
-        call, raised = self._merge(views, sampled, *self._draft(ctx, sampled))
+        drafted, corrected, alone = self._draft(ctx, sampled)
+        call, raised = self._merge(views, sampled, drafted, corrected)
         merged = call.merged
         values = np.where(
             call.agreed, np.maximum(merged.estimates, raised), merged.estimates
@@ -160,23 +161,26 @@ class FusedProposer:
         most = np.array([view.max_nodes for view in views])
         self._compiled.likeliest(merged.starts, merged.parents, values, most, keep)
         expected = _tokens(merged, values, ctx.node_price)
-        for m in self._members[1:]:
-            m.learn(expected)
+        for k, m in enumerate(self._members):
+            others = alone[:k] if k else alone[1:]
+            m.learn(expected - others.max(axis=0, initial=0.0))
         for i, view in enumerate(views):
             self._past[view.req_id] = _Past(call, i, len(view.tokens))
         return self._trees(merged, keep, values)
 
     def _draft(
         self, ctx: ProposeContext, sampled: Bools
-    ) -> tuple[list[DraftTree], Floats]:
-        """All members' trees, one member's after the other's, and their nodes'
-        corrected estimates."""
+    ) -> tuple[list[DraftTree], Floats, Floats]:
+        """All members' trees, one member's after the other's, their nodes' corrected
+        estimates, and ``[members, requests]`` tokens that each expects by itself."""
         req_ids = [view.req_id for view in ctx.requests]
-        reached = np.zeros(len(req_ids))
+        alone = np.zeros((len(self._members), len(req_ids)))
         drafted, values = [], []
-        for m in self._members:
-            first = m is self._members[0]
-            trees = m.draft(ctx, None if first else m.asked(ctx, reached, sampled))
+        for k, m in enumerate(self._members):
+            asked = None
+            if len(self._members) > 1:
+                asked = m.asked(ctx, alone[:k].max(axis=0, initial=0.0), sampled)
+            trees = m.draft(ctx, asked)
             forest = Forest.of(trees)
             values.append(
                 _corrected(
@@ -185,9 +189,8 @@ class FusedProposer:
                 )
             )  # fmt: skip
             drafted += trees
-            added = _tokens(forest, values[-1], ctx.node_price)
-            reached = np.maximum(reached, added)
-        return drafted, np.concatenate(values)
+            alone[k] = _tokens(forest, values[-1], ctx.node_price)
+        return drafted, np.concatenate(values), alone
 
     def _merge(
         self,
@@ -204,6 +207,15 @@ class FusedProposer:
         count = len(views)
         req_ids = [view.req_id for view in views]
         forest = Forest.of(drafted)
+        filled = np.flatnonzero(forest.sizes.reshape(-1, count).any(axis=1))
+        if len(filled) < 2:  # all nodes are one member's: nothing to merge
+            first = count * int(filled[0]) if len(filled) else 0
+            merged = Forest(
+                forest.starts[first : first + count + 1],
+                forest.tokens, forest.parents, forest.depths, values,
+            )  # fmt: skip
+            nobody = np.zeros(len(forest), dtype=np.bool_)
+            return _Call(forest, merged, nobody, sampled), values
         size = len(forest)
         starts = np.empty(count + 1, dtype=np.int64)
         tokens, parents, depths, votes = np.empty((4, size), dtype=np.int64)
@@ -279,6 +291,8 @@ class FusedProposer:
             own = np.flatnonzero(part == k)
             nodes, hits = labels.nodes[own], labels.hits[own]
             _observe(m.calibration, call.forest, nodes, hits, owner[own], call, req_ids)
+        if not call.agreed.any():
+            return
         # A node that several propose hangs on such nodes alone.
         labels = call.merged.follow(text)
         own = np.flatnonzero(call.agreed[labels.nodes])

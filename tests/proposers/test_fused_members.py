@@ -41,6 +41,17 @@ class Copies:
         pass
 
 
+class CopiesSlowly(Copies):
+    """Takes a millisecond, whatever the texts."""
+
+    asked = 0
+
+    def propose(self, ctx):
+        CLOCK.now += 1e-3
+        self.asked += 1
+        return super().propose(ctx)
+
+
 class Model:
     """Dear: the same for all texts. Says when it is asked, and for whom."""
 
@@ -63,7 +74,7 @@ class Model:
 
 
 class Dearer(Model):
-    milliseconds = (30.0, 5.0)
+    milliseconds = (60.0, 10.0)
 
 
 class Natively(Model):
@@ -75,11 +86,11 @@ class Natively(Model):
 class Batch:
     """Requests whose text goes on with 1, 2, 3 and so on."""
 
-    def __init__(self, member, firsts, rate=RATE) -> None:
-        members = [f"{__name__}:Copies", f"{__name__}:{member}"]
+    def __init__(self, member, firsts, rate=RATE, cheap="Copies") -> None:
+        members = [f"{__name__}:{cheap}", f"{__name__}:{member}"]
         options = parse_options(FusedProposer.Config, {"members": members}, "fused")
         self.fused = FusedProposer(options, ENGINE, CLOCK)
-        self.model = self.fused._members[1].proposer
+        self.cheap, self.model = (m.proposer for m in self.fused._members)
         self.firsts, self.rate = firsts, rate
 
     def run(self, steps):
@@ -135,6 +146,31 @@ def test_a_call_that_costs_more_than_it_wins_is_not_made():
     # At a tenth of the speed a second of drafting has to win less.
     batch.rate = RATE / 10
     assert all(batch.run(50))
+
+
+def test_the_first_member_is_left_out_where_it_adds_nothing():
+    batch = Batch("Model", {"a": 8, "b": 8}, cheap="CopiesSlowly")
+    batch.run(20)
+    before = batch.cheap.asked
+    # A twentieth of a token for each request: tried again after ten steps.
+    assert all(batch.run(100))
+    assert 8 <= batch.cheap.asked - before <= 11
+    # Now there is something to copy: it is asked again soon, and for good.
+    batch.firsts = {"a": 7, "b": 7}
+    batch.run(45)
+    before = batch.cheap.asked
+    batch.run(50)
+    assert batch.cheap.asked - before == 50
+    assert [len(tree) for tree in batch.trees] == [4, 4]
+
+
+def test_a_member_by_itself_is_always_asked():
+    name = f"{__name__}:CopiesSlowly"
+    options = parse_options(FusedProposer.Config, {"members": [name]}, "fused")
+    fused = FusedProposer(options, ENGINE, CLOCK)
+    for _ in range(20):
+        fused.propose(ProposeContext(requests=[view("a", [8, 5])], rate=RATE))
+    assert fused._members[0].proposer.asked == 20
 
 
 @pytest.mark.parametrize(("member", "rate"), [("Model", 0.0), ("Natively", RATE)])
