@@ -151,29 +151,31 @@ def test_share_of_equal_tokens_counts_up_to_the_first_difference() -> None:
 
 
 def test_moves_are_set_against_steps() -> None:
-    steps = [
-        {"variant": "draft_model trees", "batch": 8, "T": 0.0, "step_ms": 10.0},
-        {"variant": "vllm", "batch": 8, "T": 0.0},
-    ]
+    # Four requests with 2 tokens per step, 800 tokens per second: steps of 10 ms.
+    told = {"draft_model": {"tokens_per_request_step": 2.0}}
+    speeds = {
+        "code T=0 batch 4": {"draft_model": [700.0, 800.0, 900.0], "vllm": [1.0]},
+        "code T=0 batch 1": {"vllm": [1.0]},
+    }
+    steps = {"tokens_per_s": speeds, "last_stats": {"code T=0 batch 4": told}}
     moves = [{"requests": 1, "us": 20.0}, {"requests": 4, "us": 50.0}]
-    report = {"d": {"rows": steps}, "e": {"moves": {"rows": moves}}}
+    report = {"d": steps, "e": {"moves": {"rows": moves}}}
     found = run_gpu.share_of_a_step(report)
     assert found == {
-        "share": {"batch 8 T=0": pytest.approx(0.005)},
+        "share": {"code T=0 batch 4": pytest.approx(0.005)},
         "expected": "at most 0.02",
     }
     assert run_gpu.share_of_a_step({"d": {"error": "x"}}) is None
 
 
 def test_what_is_expected_of_trees() -> None:
-    rows = [
-        {"variant": "vllm", "batch": 1, "T": 0.0, "tokens_per_s": 10.0},
-        {"variant": "draft_model chains", "batch": 1, "T": 0.0, "tokens_per_s": 20.0},
-        {"variant": "draft_model trees", "batch": 1, "T": 0.0, "tokens_per_s": 26.0},
-        {"variant": "suffix", "error": "it did not start"},
-    ]
-    assert gpu_engines._expected(rows) == {
-        "batch 1 T=0": {
+    one = {"vllm": [9.0, 10.0, 11.0], "draft_model": [26.0],
+           "draft_model chains": [20.0], "suffix": [1.0]}  # fmt: skip
+    found = gpu_engines.expected(
+        {"tokens_per_s": {"code T=0 batch 1": one, "code T=0 batch 8": {"vllm": [1.0]}}}
+    )
+    assert found == {
+        "code T=0 batch 1": {
             "over_chain": pytest.approx(1.3),
             "expected_over_chain": 1.13,
             "over_vllm": pytest.approx(2.6),
@@ -182,15 +184,41 @@ def test_what_is_expected_of_trees() -> None:
     }
 
 
-def test_engine_arguments_are_ones_vllm_and_the_plugin_take() -> None:
+def test_engine_arguments_are_ones_vllm_and_the_plugin_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_specplugin import speculate
 
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(gpu_engines, "EngineProcess", lambda _, s, **k: made.append(s))
+    names = [gpu_engines.PLAIN, "vLLM ngram 4", "vLLM draft_model 4", "plugin"]
+    gpu_engines._engines(names, "target", eager=False)
+    gpu_engines._loading("float32", "TRITON_ATTN", eager=True)
     known = set(EngineArgs.__dataclass_fields__)
-    for changes, chosen in gpu_engines._variants(4).values():
-        arguments = {**gpu_engines.BASE, **gpu_engines.SMALL, **changes}
-        if chosen is not None:
-            arguments |= speculate(**chosen)
+    for settings in made:
+        chosen = settings["speculate"]
+        arguments = settings["engine"] | (speculate(**chosen) if chosen else {})
         assert arguments.keys() <= known
-    assert "attention_backend" in known
+    methods = [s["engine"].get("speculative_config", {}).get("method") for s in made]
+    assert methods == [None, "ngram", "draft_model", None, None]
+    for variant in gpu_engines._variants("goodput").values():
+        speculate(variant["proposer"], policy=variant["policy"],
+                  options=variant["options"])  # fmt: skip
+
+
+def test_variants_are_those_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def measure(args: Any, running: Any, ours: Any, tell: Any) -> dict[str, Any]:
+        asked.update(running=list(running), ours=list(ours), waves=args.waves)
+        return {"tokens_per_s": {}}
+
+    monkeypatch.setattr(gpu_engines, "measure", measure)
+    monkeypatch.setattr(gpu_engines, "inflated_model", lambda *_, **__: "target")
+    monkeypatch.setattr(gpu_engines, "EngineProcess", lambda name, *_, **__: name)
+    given = run_gpu.arguments(["--variants", "suffix", "vLLM ngram 4"])
+    assert gpu_engines.speed(given)["shape"] == "1B"
+    assert asked["running"] == [gpu_engines.PLAIN, "vLLM ngram 4", "plugin"]
+    assert asked["ours"] == ["suffix", "no drafts"]
