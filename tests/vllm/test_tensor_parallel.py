@@ -11,7 +11,13 @@ import pytest
 
 from vllm_specplugin.engines import EngineError
 
-from .conftest import SWITCH, Engine, start
+from .conftest import SWITCH, TARGET, Engine, start
+
+
+def _two_cores() -> dict[str, str]:
+    """Left to itself vLLM wants a NUMA node for each rank."""
+    cores = sorted(os.sched_getaffinity(0))
+    return {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
 
 
 def test_text_is_that_of_one_rank_without_drafts(
@@ -23,11 +29,8 @@ def test_text_is_that_of_one_rank_without_drafts(
         "proposer": "spec_proposers:OnSeveralRanks",
         "policy": "goodput",
     }
-    cores = sorted(os.sched_getaffinity(0))
-    # Left to itself vLLM wants a NUMA node for each rank.
-    bind = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
     flag = tmp_path / "diverge"
-    bind["SPEC_DIVERGE"] = str(flag)
+    bind = {**_two_cores(), "SPEC_DIVERGE": str(flag)}
     with start("two ranks", spec, bind, tensor_parallel_size=2) as two:
         for temperature in (0.0, 1.0):
             expected = two.texts(prompts, "none", temperature=temperature)
@@ -51,3 +54,28 @@ def test_text_is_that_of_one_rank_without_drafts(
         r"rank 1 laid out draft trees with hash (\w+), rank 0 with (\w+)", log
     )
     assert found is not None and found[1] != found[2]
+
+
+def test_heads_read_hidden_states_on_the_first_rank(prompts: list[list[int]]) -> None:
+    spec = {
+        "proposer": "medusa",
+        "policy": "fixed",
+        "max_nodes": 12,
+        "options": {
+            "proposer": {"model": str(TARGET.parent / "medusa"), "min_survival": 0.01},
+            "draft_timeout_ms": 60_000.0,
+        },
+    }
+    with start("medusa", spec, _two_cores(), tensor_parallel_size=2) as two:
+        for temperature in (0.0, 1.0):
+            expected = two.texts(
+                prompts, "-", temperature=temperature, extra_args={"spec_max_nodes": 0}
+            )
+            before = two.ask("stats")
+            assert two.texts(prompts, "-", temperature=temperature) == expected
+            after = two.ask("stats")
+            assert after["tree_requests"] > before["tree_requests"]
+            # As many as on one rank, about: it sees the right hidden states.
+            accepted = after["accepted"] - before["accepted"]
+            assert accepted > 0.3 * (after["requests"] - before["requests"])
+            assert not after["failures"]

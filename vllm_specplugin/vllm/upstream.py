@@ -24,6 +24,9 @@ SUPPORTED = ("0.32",)
 """Release series this plugin is tested with, as ``major.minor``."""
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_DRAFTER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
+_ATTENTION = "vllm.v1.attention.backend"
+_BUILDER = f"{_ATTENTION}:AttentionMetadataBuilder"
 
 SEAMS: dict[str, tuple[str, ...] | None] = {
     # configuration and loading
@@ -90,18 +93,15 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
     ),
     # draft models: drafts wait until tokens are booked (fourth of what it returns)
     f"{_RUNNER}._bookkeeping_sync": None,
-    "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
-    ".build_per_group_and_layer_attn_metadata": ("self", "common_attn_metadata"),
+    f"{_DRAFTER}.build_per_group_and_layer_attn_metadata": (
+        "self",
+        "common_attn_metadata",
+    ),
     # draft models: which CUDA graph a pass takes, and where that reads its slots
     "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch": ("self", "num_tokens"),
-    "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer._get_slot_mapping": (
-        "self",
-        "num_tokens",
-        "slot_mapping",
-    ),
+    f"{_DRAFTER}._get_slot_mapping": ("self", "num_tokens", "slot_mapping"),
     # choices of vLLM's drafters are steered here
-    "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
-    "._sample_draft_tokens": ("self", "hidden_states", "sampling_metadata"),
+    f"{_DRAFTER}._sample_draft_tokens": ("self", "hidden_states", "sampling_metadata"),
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
         "query_start_loc",
         "query_start_loc_cpu",
@@ -248,19 +248,10 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
         "is_mamba",
     ),
     # the Triton kernel instead of the backend's, and which CUDA graphs may hold it
-    "vllm.v1.attention.backend:AttentionMetadataBuilder.get_cudagraph_support": (
-        "vllm_config",
-        "kv_cache_spec",
-    ),
-    "vllm.v1.attention.backend:AttentionMetadataBuilder.build_for_cudagraph_capture": (
-        "self",
-        "common_attn_metadata",
-    ),
-    "vllm.v1.attention.backend:AttentionImpl.fused_output_quant_supported": (
-        "self",
-        "quant_key",
-    ),
-    "vllm.v1.attention.backend:AttentionCGSupport.UNIFORM_BATCH": None,
+    f"{_BUILDER}.get_cudagraph_support": ("vllm_config", "kv_cache_spec"),
+    f"{_BUILDER}.build_for_cudagraph_capture": ("self", "common_attn_metadata"),
+    f"{_ATTENTION}:AttentionImpl.fused_output_quant_supported": ("self", "quant_key"),
+    f"{_ATTENTION}:AttentionCGSupport.UNIFORM_BATCH": None,
     "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadata": (
         "num_actual_tokens",
         "max_query_len",
