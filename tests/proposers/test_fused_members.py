@@ -44,12 +44,16 @@ class Copies:
 class CopiesSlowly(Copies):
     """Takes a millisecond, whatever the texts."""
 
-    asked = 0
+    asked, milliseconds = 0, 1.0
 
     def propose(self, ctx):
-        CLOCK.now += 1e-3
+        CLOCK.now += self.milliseconds / 1e3
         self.asked += 1
         return super().propose(ctx)
+
+
+class CopiesDearly(CopiesSlowly):
+    milliseconds = 10.0
 
 
 class Model:
@@ -162,6 +166,18 @@ def test_the_first_member_is_left_out_where_it_adds_nothing():
     batch.run(50)
     assert batch.cheap.asked - before == 50
     assert [len(tree) for tree in batch.trees] == [4, 4]
+
+
+def test_what_was_learnt_long_ago_gives_way_to_one_trial():
+    batch = Batch("Model", {"a": 8, "b": 8}, rate=0.0, cheap="CopiesDearly")
+    batch.run(100)  # while speed is unknown it is asked, for nothing
+    batch.rate = RATE  # half a token for each request
+    batch.run(60)
+    batch.firsts = {"a": 7, "b": 7}
+    batch.run(66)  # one trial at the latest after 64 steps
+    before = batch.cheap.asked
+    batch.run(30)
+    assert batch.cheap.asked - before == 30
 
 
 def test_a_member_by_itself_is_always_asked():
