@@ -93,7 +93,6 @@ def measure(
 
     def known() -> dict[str, Any]:
         return {
-            "provenance": provenance(plain(args)),
             "tokens_per_s": speeds,
             "last_stats": stats,
             "text_differs": {cell: sorted(v) for cell, v in differs.items()},
@@ -125,7 +124,7 @@ def measure(
     finally:
         for engine in running.values():
             engine.close()
-    return known()
+    return {"provenance": provenance(plain(args)), **known()}
 
 
 def plain(args: argparse.Namespace) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 What a member adds depends on what the others have drafted: where a text is being
 copied, a draft model has nothing to add to a suffix tree, and elsewhere a suffix tree
-has little to add to a draft model's. What it added is learnt by how many tokens were
-expected of the members before it. It is asked for those requests, and only then, if
-the tokens that it should add are worth, at the engine's present speed, more than its
-call takes. Where it is not asked, it is tried now and then, the sooner the less that
-loses.
+has little to add to a draft model's. What it added, to the members before it or, if it
+is the first, to the others, is learnt by how many tokens were expected of those before
+it. It is asked for those requests, and only then, if the tokens that it should add are
+worth, at the engine's present speed, more than its call takes. Where it is not asked,
+it is tried now and then, the sooner the less that loses.
 """
 
 from __future__ import annotations

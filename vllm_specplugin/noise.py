@@ -25,7 +25,6 @@ elsewhere.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +160,7 @@ def gumbel_rows(
 
         _noise_compiled.uniform_rows(seeds, positions.astype(np.uint64), u)
         uniform = torch.from_numpy(u)
-    elif device.type == "cuda" and _has_triton():
+    elif device.type == "cuda" and find_spec("triton") is not None:
         from vllm_specplugin import _noise_triton
 
         pairs = np.stack([seeds.astype(np.uint64).view(np.int64), positions])
@@ -220,11 +219,6 @@ def request_seed(engine_seed: int, index: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
     return z ^ (z >> 31)
-
-
-@lru_cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _tensor_uniform(

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,6 @@ OWN = {
     "max_nodes": 16,
     "options": {"proposer": DRAFT, "draft_timeout_ms": 60_000.0},
 }
-NO_DRAFTS: dict[str, Any] = {"proposer": "none", "options": {}}
 LENGTH = 4
 TREES, CHAINS = "draft_model", "draft_model chains"
 
@@ -138,19 +138,19 @@ def equality(
     started, rows, left_out = time.monotonic(), list[dict[str, Any]](), 0
     cases = [("float32", None)]
     if device == "cuda":  # FlashAttention has no float32
-        cases = [(d, b) for d, b in product(("float32", "bfloat16"), backends)]
-        cases.remove(("float32", "FLASH_ATTN"))
+        pairs = product(("float32", "bfloat16"), backends)
+        cases = [pair for pair in pairs if pair != ("float32", "FLASH_ATTN")]
     with ExitStack() as stack:  # they load side by side
         running = [stack.enter_context(_loading(*case, eager)) for case in cases]
         for (dtype, backend), one in zip(cases, running):
+            compare = partial(_compare, one, [], dtype, device != "cuda")
             for name, chosen in _proposers().items():
                 if time.monotonic() - started > budget:
                     left_out += 1
                     continue
                 row = {"dtype": dtype, "backend": backend, "proposer": name}
                 rows.append(row)
-                given = (one, chosen, dtype, device != "cuda")
-                _guarded(row, lambda g=given: _compare(*g))
+                _guarded(row, partial(compare, chosen))
                 tell({"rows": rows})
     ok = all(row["ok"] for row in rows)
     return {"ok": ok, "left_out": left_out, "rows": rows}
@@ -173,17 +173,24 @@ def _proposers() -> dict[str, dict[str, Any]]:
 
 
 def _compare(
-    running: EngineProcess, chosen: dict[str, Any], dtype: str, small: bool
+    running: EngineProcess,
+    plain: list[Any],
+    dtype: str,
+    small: bool,
+    chosen: dict[str, Any],
 ) -> dict[str, Any]:
-    tokens, batch = (12, 2) if small else (128, 16)
-    texts: list[list[Any]] = []
-    for one in (settings(NO_DRAFTS, "fixed"), chosen):
+    """A row; ``plain`` holds the texts without drafts once they are made."""
+
+    def texts(one: dict[str, Any]) -> list[Any]:
+        tokens, batch = (12, 2) if small else (128, 16)
         running.ask("reset", changes=one)
-        texts.append(
-            [generate(running, batch, t, tokens)["tokens"] for t in (0.0, 1.0)]
-        )
+        return [generate(running, batch, t, tokens)["tokens"] for t in (0.0, 1.0)]
+
+    if not plain:
+        plain += texts(settings({"proposer": "none", "options": {}}, "fixed"))
+    got = texts(chosen)
     stats = running.ask("stats")
-    shares = [same_share(*pair) for pair in zip(*texts)]
+    shares = [same_share(*pair) for pair in zip(plain, got)]
     return {
         "same_share": dict(zip(("T=0", "T=1"), shares)),
         "chains_only": stats["chains_only"],
@@ -248,11 +255,11 @@ def _engines(names: Iterable[str], model: str, eager: bool) -> dict[str, EngineP
     return made
 
 
-def _variants(policy: str) -> dict[str, dict[str, Any]]:
+def _variants() -> dict[str, dict[str, Any]]:
     """Of the plugin, by name; vLLM's own are told apart by theirs."""
     known = drafters(model_path("medusa"), model_path("eagle"))
     names = ("no drafts", "suffix", TREES, "fused suffix+draft_model")
-    made = {name: settings(known[name], policy) for name in names}
+    made = {name: settings(known[name], "goodput") for name in names}
     one = {"model": DRAFT["model"], "siblings": 1, "width": 1}
     chains = settings({"proposer": "draft_model", "options": one}, "fixed")
     chains["options"]["policy"] = {"nodes": LENGTH}
@@ -264,11 +271,11 @@ def speed(args: argparse.Namespace, tell: Tell = _nobody) -> dict[str, Any]:
     turn on the same prompts."""
     model = str(inflated_model(model_path("target"), **SHAPES[args.shape]))
     natives = [PLAIN, f"vLLM ngram {LENGTH}", f"vLLM draft_model {LENGTH}"]
-    variants = _variants("goodput")
+    variants = _variants()
     if args.variants:
-        natives = [name for name in natives if name in {PLAIN, *args.variants}]
-        variants = {n: v for n, v in variants.items() if n in args.variants}
-    variants["no drafts"] = _variants("goodput")["no drafts"]
+        chosen = {PLAIN, "no drafts", *args.variants}
+        natives = [name for name in natives if name in chosen]
+        variants = {n: v for n, v in variants.items() if n in chosen}
     running = _engines([*natives, "plugin"], model, args.eager)
 
     def summed(report: dict[str, Any]) -> dict[str, Any]:

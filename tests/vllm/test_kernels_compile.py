@@ -18,6 +18,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vllm_specplugin import _noise_triton, noise
 from vllm_specplugin.vllm.kv_rows_kernel import move_rows
 from vllm_specplugin.vllm.tree_attention import kernels
 from vllm_specplugin.vllm.tree_attention.triton import Device, choose_launch
@@ -204,9 +205,8 @@ def test_moving_of_rows(word: Any) -> None:
 
 @pytest.mark.parametrize("capability", DEVICES)
 def test_noise(capability: int) -> None:
-    from vllm_specplugin._noise_triton import uniform_kernel
-
-    constants = {"ROUNDS": 10, "BLOCK": 256}
+    constants = {"ROUNDS": noise.ROUNDS, "BLOCK": _noise_triton._BLOCK}
     types = {"keys": "*i64", "out": "*fp32"}
-    _, stack = compiled(uniform_kernel, capability, constants, types, num_warps=4)
+    kernel = _noise_triton.uniform_kernel
+    _, stack = compiled(kernel, capability, constants, types, num_warps=4)
     assert stack == 0
