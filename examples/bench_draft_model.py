@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from vllm_specplugin.demo.inflate import inflated_model
 from vllm_specplugin.demo.models import model_path
-from vllm_specplugin.demo.provenance import provenance
 from vllm_specplugin.demo.workloads import WORKLOADS, workload
-from vllm_specplugin.engines import EngineProcess
+from vllm_specplugin.tools.engine_client import EngineProcess
+from vllm_specplugin.tools.provenance import provenance
 
 DRAFT = str(model_path("draft"))
 OURS: dict[str, dict[str, Any]] = {

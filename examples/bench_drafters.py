@@ -25,9 +25,9 @@ from vllm_specplugin.demo.inflate import inflated_model
 from vllm_specplugin.demo.inflate_eagle import inflated_eagle
 from vllm_specplugin.demo.inflate_heads import inflated_heads
 from vllm_specplugin.demo.models import model_path
-from vllm_specplugin.demo.provenance import provenance
 from vllm_specplugin.demo.workloads import workload
-from vllm_specplugin.engines import EngineProcess
+from vllm_specplugin.tools.engine_client import EngineProcess
+from vllm_specplugin.tools.provenance import provenance
 
 SHARED = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """For runs in which time does not matter: leaves the machine to others."""

@@ -17,13 +17,8 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from vllm_specplugin.api.roles import EngineInfo, ProposeContext, Proposer, RequestView
 from vllm_specplugin.config import SpecConfig, build
-from vllm_specplugin.interfaces import (
-    EngineInfo,
-    ProposeContext,
-    Proposer,
-    RequestView,
-)
 
 GAIN = 2
 VOCAB = 32_000

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_specplugin import DraftTree
+from vllm_specplugin.api.roles import EngineInfo, ProposeContext
 from vllm_specplugin.config import option
-from vllm_specplugin.interfaces import EngineInfo, ProposeContext
 
 
 class RepeatLastLine:

@@ -2,12 +2,12 @@
 
 vLLM loads the draft model and keeps its keys and values in the target's blocks. It
 runs only when drafts are wanted and catches up then. How trees grow is in
-:mod:`._growth`, what a level has to be worth in :mod:`._tree_drafter`.
+:mod:`vllm_specplugin.proposers._model_tree.growth`, what a level has to be worth in :mod:`vllm_specplugin.proposers._model_tree.base`.
 """
 
 from __future__ import annotations
 
-from vllm_specplugin.proposers._tree_drafter import TreeDrafter
+from vllm_specplugin.proposers._model_tree.base import TreeDrafter
 
 __all__ = ["DraftModelProposer"]
 

@@ -6,7 +6,7 @@ lm_head of its own over part of the vocabulary.
 
 from __future__ import annotations
 
-from vllm_specplugin.proposers._tree_drafter import TreeDrafter
+from vllm_specplugin.proposers._model_tree.base import TreeDrafter
 
 __all__ = ["Eagle3Proposer"]
 

@@ -2,7 +2,7 @@
 
 Every member drafts from the same context, in the order given. What they say of a
 node is first made comparable: each member's estimates are corrected by what the
-text made of its earlier ones (:class:`~vllm_specplugin.calibration.Calibration`:
+text made of its earlier ones (:class:`~vllm_specplugin.step.calibration.Calibration`:
 a shift of the log-odds by estimate and depth, and a factor for each request, so
 that a member that does badly on a request loses its place there). Then shared
 prefixes are merged, and the nodes likeliest to be accepted fill the budget.
@@ -26,14 +26,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.calibration import Calibration
+from vllm_specplugin.api.roles import EngineInfo, ProposeContext, RequestView
 from vllm_specplugin.config import parse_options
-from vllm_specplugin.draft import EMPTY_TREE, DraftTree
 from vllm_specplugin.errors import ConfigError, complain
-from vllm_specplugin.forest import Forest
-from vllm_specplugin.interfaces import EngineInfo, ProposeContext, RequestView
-from vllm_specplugin.proposers._fused_member import Member
+from vllm_specplugin.proposers._fused.member import Member
 from vllm_specplugin.registry import PROPOSERS
+from vllm_specplugin.step.calibration import Calibration
+from vllm_specplugin.trees.batch import Forest
+from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
 __all__ = ["FusedProposer"]
 
@@ -86,9 +86,11 @@ class FusedProposer:
         engine: EngineInfo,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        from vllm_specplugin.proposers import _fused_merge  # compiles
+        from vllm_specplugin.proposers._fused import (
+            merge_numba,  # compiles
+        )
 
-        self._compiled: Any = _fused_merge
+        self._compiled: Any = merge_numba
         self._members = [
             Member(name, factory(options, engine), engine.vocab_size, clock)
             for name, factory, options in _resolve(config)

@@ -6,7 +6,7 @@ kept per request, and what the heads take is their weights.
 
 Candidates at a depth are the likeliest tokens of its head, at temperature > 0
 those that the target will choose if it agrees with the head, by the same noise
-(:mod:`._growth`, which also says how a key becomes an estimate). Trees:
+(:mod:`vllm_specplugin.proposers._model_tree.growth`, which also says how a key becomes an estimate). Trees:
 
 ``dynamic``
     best-first by the product of this context's estimates.
@@ -26,14 +26,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_specplugin.api.device_proposer import DeviceProposer
+from vllm_specplugin.api.roles import EngineInfo, ProposeContext, RequestView
 from vllm_specplugin.config import option
-from vllm_specplugin.device_interfaces import DeviceProposer
-from vllm_specplugin.draft import EMPTY_TREE, MAX_NODES, DraftTree
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.heads.calibration import HeadCalibration
 from vllm_specplugin.heads.medusa import find_heads, load_heads
-from vllm_specplugin.interfaces import EngineInfo, ProposeContext, RequestView
-from vllm_specplugin.proposers._growth import Shape, children
+from vllm_specplugin.proposers._model_tree.growth import Shape, children
+from vllm_specplugin.trees.tree import EMPTY_TREE, MAX_NODES, DraftTree
 
 __all__ = ["MedusaProposer"]
 
@@ -77,7 +77,7 @@ class MedusaProposer:
                 )
 
     def __init__(self, config: Config, engine: EngineInfo) -> None:
-        from vllm_specplugin.proposers._product_tree import explore  # compiles
+        from vllm_specplugin.proposers._medusa.product_tree import explore  # compiles
 
         self._explore = explore
         self._config = config
@@ -105,7 +105,7 @@ class MedusaProposer:
             self._static = self._accuracies(False), self._accuracies(True)
         # Compiles now and not in a step.
         if engine.device == "cpu":
-            from vllm_specplugin.proposers import _best_keys  # noqa: F401
+            pass
         depths, ranks, parents = np.empty((3, 1), dtype=np.int32)
         explore(np.ones((1, 1)), 1, 0.0, depths, ranks, parents, np.empty(1))
 
@@ -125,9 +125,9 @@ class MedusaProposer:
         ]
 
     def on_device(self, nodes: int, device: torch.device) -> DeviceProposer:
-        """See :class:`~vllm_specplugin.device_interfaces.OffersDevice`."""
+        """See :class:`~vllm_specplugin.api.device_proposer.OffersDevice`."""
         del device  # the heads are there
-        from vllm_specplugin.proposers._medusa_device import DeviceMedusa
+        from vllm_specplugin.proposers._medusa.device import DeviceMedusa
 
         return DeviceMedusa(
             self._heads, self._calibration, self._shape, self._static, nodes

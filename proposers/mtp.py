@@ -7,7 +7,7 @@ vLLM runs the first at every depth, and so does this.
 
 from __future__ import annotations
 
-from vllm_specplugin.proposers._tree_drafter import TreeDrafter
+from vllm_specplugin.proposers._model_tree.base import TreeDrafter
 
 __all__ = ["MtpProposer"]
 

@@ -7,7 +7,7 @@ Prompt lookup decoding (Saxena 2023) copies the continuation of *one*
 occurrence; merging several into a tree covers the target's choice more often
 at the same number of nodes. A node's estimate is its share of the occurrences
 that reached its parent, less an escape for unseen tokens which shrinks as the
-match gets longer (:mod:`._history_votes`). ``suffix`` is the better drafter; this
+match gets longer (:mod:`vllm_specplugin.proposers._history.votes_numba`). ``suffix`` is the better drafter; this
 one needs no store, and its drafts are the easiest to foresee.
 """
 
@@ -16,11 +16,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vllm_specplugin.api.roles import EngineInfo, ProposeContext
 from vllm_specplugin.config import option
-from vllm_specplugin.draft import DraftTree
 from vllm_specplugin.errors import ConfigError, complain
-from vllm_specplugin.interfaces import EngineInfo, ProposeContext
-from vllm_specplugin.proposers._history import HistoryDrafter, make_rule
+from vllm_specplugin.proposers._history.drafter import HistoryDrafter, make_rule
+from vllm_specplugin.trees.tree import DraftTree
 
 __all__ = ["NgramProposer"]
 

@@ -7,18 +7,18 @@ lengths vote, longer ones first; history and store grow one tree together.
 Follows SuffixDecoding (Oliaro et al. 2411.04975): a tree per request, one for
 past requests, counts as probabilities, nodes by their product. Differences:
 
-- hash chains instead of suffix trees (reasons in :mod:`._history_index`);
+- hash chains instead of suffix trees (reasons in :mod:`vllm_specplugin.proposers._history.index_numba`);
 - match lengths are interpolated instead of one being chosen, so estimates
   tell a token seen once after 2 matching tokens from one after 12;
 - at temperature > 0 candidates are ranked with the noise the target will use
-  (coupled drafting; formulas in :mod:`._history_votes`).
+  (coupled drafting; formulas in :mod:`vllm_specplugin.proposers._history.votes_numba`).
 
 Deterministic in the sequence of calls: no clock, no hashes of Python objects,
 no dependence on ids. Memory: 36 bytes per token of the live requests at their
 peak (each history rounded up to a power of two), 44 per token of the store.
 
 Text of a request goes to, and is drafted for, requests of the same
-:attr:`~vllm_specplugin.interfaces.RequestView.scope` only.
+:attr:`~vllm_specplugin.api.roles.RequestView.scope` only.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vllm_specplugin.api.roles import EngineInfo, ProposeContext
 from vllm_specplugin.config import option
-from vllm_specplugin.draft import DraftTree
-from vllm_specplugin.interfaces import EngineInfo, ProposeContext
-from vllm_specplugin.proposers._history import HistoryDrafter, make_rule
+from vllm_specplugin.proposers._history.drafter import HistoryDrafter, make_rule
+from vllm_specplugin.trees.tree import DraftTree
 
 __all__ = ["SuffixProposer"]
 

@@ -12,7 +12,7 @@ The paper's tree is fixed. Here it is grown best-first: child ``r`` of a node is
 worth ``q[r]``, the share of emitted tokens that stood at rank ``r`` of the row as
 it was then, learnt from the text with a memory of :data:`MEMORY` tokens. At
 temperature > 0 ranks are coupled to the noise that the target will use
-(:func:`._history_votes.estimate_coupled`).
+(:func:`vllm_specplugin.proposers._history.votes_numba.estimate_coupled`).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from vllm_specplugin.api.roles import EngineInfo, ProposeContext, RequestView
 from vllm_specplugin.config import option
-from vllm_specplugin.draft import EMPTY_TREE, DraftTree
-from vllm_specplugin.interfaces import EngineInfo, ProposeContext, RequestView
+from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
 if TYPE_CHECKING:
     import torch
 
-    from vllm_specplugin.device_interfaces import DeviceProposer
+    from vllm_specplugin.api.device_proposer import DeviceProposer
 
 __all__ = ["IDLE", "MEMORY", "TokenRecyclingProposer"]
 
@@ -77,7 +77,7 @@ class TokenRecyclingProposer:
     knows_scopes = True
 
     def __init__(self, config: Config, engine: EngineInfo) -> None:
-        from vllm_specplugin.proposers._recycling_tree import grow  # compiles
+        from vllm_specplugin.proposers._recycling.tree import grow  # compiles
 
         self._grow = grow
         self._config = config
@@ -169,8 +169,8 @@ class TokenRecyclingProposer:
         return DraftTree(tokens[:n], parents[:n], estimates[:n]) if n else EMPTY_TREE
 
     def on_device(self, nodes: int, device: torch.device) -> DeviceProposer:
-        """See :class:`~vllm_specplugin.device_interfaces.OffersDevice`."""
-        from vllm_specplugin.proposers._recycling_device import DeviceRecycling
+        """See :class:`~vllm_specplugin.api.device_proposer.OffersDevice`."""
+        from vllm_specplugin.proposers._recycling.device import DeviceRecycling
 
         config = self._config
         return DeviceRecycling(

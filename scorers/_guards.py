@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vllm_specplugin.api.roles import ScoreBatch
 from vllm_specplugin.config import option
-from vllm_specplugin.interfaces import ScoreBatch
 
 __all__ = ["GuardConfig", "Ledger", "Usage"]
 

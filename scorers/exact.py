@@ -26,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_specplugin.interfaces import EngineInfo, ScoreBatch, ScoreResult
-from vllm_specplugin.noise import gumbel_rows
+from vllm_specplugin.api.roles import EngineInfo, ScoreBatch, ScoreResult
+from vllm_specplugin.noise.gumbel import gumbel_rows
 
 __all__ = ["ExactScorer", "match_walk"]
 

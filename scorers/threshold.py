@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from vllm_specplugin.api.roles import ScoreBatch, ScoreResult
 from vllm_specplugin.config import option
-from vllm_specplugin.interfaces import ScoreBatch, ScoreResult
 from vllm_specplugin.scorers._guards import GuardConfig, Usage
 from vllm_specplugin.scorers._lenient import LenientScorer, Walk
 

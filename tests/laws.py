@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from vllm_specplugin.draft import DraftTree
 from vllm_specplugin.scorers.reference import Coins, Outcome, Verification
+from vllm_specplugin.trees.tree import DraftTree
 
 Path = tuple[int, ...]
 Law = dict[Path, Fraction]

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vllm_specplugin.board import Board, look_up
+from vllm_specplugin.telemetry.request_table import Board, look_up
 
 
 def test_a_row_is_read_by_another_process(tmp_path: Path) -> None:
@@ -16,7 +16,7 @@ def test_a_row_is_read_by_another_process(tmp_path: Path) -> None:
     board.add("a-1", 3)
     board.add("a-1", 2)
     code = (
-        "from pathlib import Path; from vllm_specplugin.board import look_up;"
+        "from pathlib import Path; from vllm_specplugin.telemetry.request_table import look_up;"
         f"print(look_up(Path({str(tmp_path)!r}), 'a-1'))"
     )
     read = subprocess.run(

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from vllm_specplugin import ConfigError
+from vllm_specplugin.api.roles import EngineInfo, StepOutcome
 from vllm_specplugin.bundle import write_bundle
 from vllm_specplugin.cli import main
 from vllm_specplugin.config import SpecConfig
-from vllm_specplugin.draft import DraftTree
-from vllm_specplugin.forest import Drafted, Forest
-from vllm_specplugin.interfaces import EngineInfo, StepOutcome
 from vllm_specplugin.redaction import configuration, environment, log_lines
-from vllm_specplugin.trace import TraceWriter
+from vllm_specplugin.step.trace import TraceWriter
+from vllm_specplugin.trees.batch import Drafted, Forest
+from vllm_specplugin.trees.tree import DraftTree
 
 SECRET = "the merger closes on friday"
 TOKENS = [48121, 48122, 48123]
@@ -49,7 +49,7 @@ WARNING 11-24 09:52:01 [drafting.py:9] drafts lost (proposer_error), counted fro
 on: KeyError: {SECRET}
 WARNING 11-24 09:52:01 [scoring.py:9] request cmpl-77 is scored by the default: {SECRET}
 WARNING 11-24 09:52:02 [trace.py:9] trace {HOME}/x.trace ends here: No space left
-INFO 11-24 09:52:03 [observer.py:9] specplugin, last 10.0 s: 2154 tokens in 402 steps \
+INFO 11-24 09:52:03 [reporter.py:9] specplugin, last 10.0 s: 2154 tokens in 402 steps \
 (2.68 per request and step), 9% of steps without drafts, drafting 6% of the time
 ERROR 11-24 09:52:03 [device_side.py:9] proposer '{SECRET}' failed
 ERROR 11-24 09:52:03 [device_side.py:9] Traceback (most recent call last):
@@ -141,7 +141,7 @@ def test_a_bundle_holds_what_helps_and_nothing_private(tmp_path, trace, monkeypa
         "INFO 11-24 09:51:57 [logger.py:39]\n",
         "[state.py:1] proposer=suffix scorer=exact policy=goodput max_nodes=16\n",
         "[drafting.py:9] drafts lost (proposer_error), counted from now on KeyError\n",
-        "[observer.py:9] last 10.0 s: 2154 tokens in 402 steps (2.68 per request",
+        "[reporter.py:9] last 10.0 s: 2154 tokens in 402 steps (2.68 per request",
         "    mine.py:7 in propose\n",
         "[device_side.py:9] ValueError\n",
         "    other.py:8 in call\n",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_specplugin._calibration_compiled import learn
-from vllm_specplugin.calibration import Calibration
+from vllm_specplugin.step._calibration_numba import learn
+from vllm_specplugin.step.calibration import Calibration
 
 
 def feed(made, claimed, truth, steps, *, sampled=True, depth=1, request="a", seed=0):

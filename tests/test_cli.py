@@ -30,9 +30,9 @@ def test_no_command_is_a_usage_error(capsys):
 
 
 def test_doctor_fails_with_the_remedy(capsys, monkeypatch):
-    from vllm_specplugin.vllm import upstream
+    from vllm_specplugin.vllm.compat import seams
 
-    monkeypatch.setattr(upstream, "installed_version", lambda: "0.31.0")
+    monkeypatch.setattr(seams, "installed_version", lambda: "0.31.0")
     assert main(["doctor"]) == 1
     shown = capsys.readouterr().out
     assert re.search(r"FAIL\s+vllm: vLLM 0\.31\.0", shown)

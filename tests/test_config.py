@@ -8,7 +8,7 @@ import pytest
 
 from vllm_specplugin import ConfigError, UnknownNameError
 from vllm_specplugin.config import SpecConfig
-from vllm_specplugin.environment import cache_dir
+from vllm_specplugin.utils.env import cache_dir
 
 
 def flags(**changes):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_specplugin.draft import EMPTY_TREE, DraftTree
-from vllm_specplugin.draft_probs import DraftProbs, batch_probs
 from vllm_specplugin.errors import DraftTreeError
+from vllm_specplugin.trees.draft_probs import DraftProbs, batch_probs
+from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
 Q = torch.eye(3, 5)
 

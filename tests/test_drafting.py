@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from vllm_specplugin import EMPTY_TREE, DraftTree
+from vllm_specplugin.api.roles import EngineInfo, RequestView
 from vllm_specplugin.config import SpecConfig
-from vllm_specplugin.draft_probs import DraftProbs
-from vllm_specplugin.draft_request import DraftRequest
-from vllm_specplugin.drafting import Drafter
-from vllm_specplugin.interfaces import EngineInfo, RequestView
-from vllm_specplugin.metrics import SpecMetrics
+from vllm_specplugin.step.draft_request import DraftRequest
+from vllm_specplugin.step.drafting import Drafter
+from vllm_specplugin.telemetry.counters import SpecMetrics
+from vllm_specplugin.trees.draft_probs import DraftProbs
 
 ENGINE = EngineInfo(vocab_size=100, max_model_len=64, max_num_seqs=8, max_nodes=8)
 GOOD = DraftTree([1, 2], [-1, -1], [0.3, 0.6])

@@ -11,10 +11,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from vllm_specplugin import exposition
-from vllm_specplugin.exposition import COUNTERS, PREFIX, MetricsFile
-from vllm_specplugin.interfaces import ScoreResult
-from vllm_specplugin.metrics import SpecMetrics
+from vllm_specplugin.api.roles import ScoreResult
+from vllm_specplugin.telemetry import prometheus
+from vllm_specplugin.telemetry.counters import SpecMetrics
+from vllm_specplugin.telemetry.prometheus import COUNTERS, PREFIX, MetricsFile
 
 LABELS = {"model_name": "m", "engine": "0"}
 Read = Callable[..., float | None]
@@ -113,7 +113,7 @@ def test_leniency_is_counted_of_requests_that_emitted() -> None:
 
 
 def test_every_counter_of_the_metrics_is_exposed() -> None:
-    exposed = {*COUNTERS, *exposition._LABELLED}
+    exposed = {*COUNTERS, *prometheus._LABELLED}
     told = {"accepted_by_depth", "verified_by_count"}  # by depth, as a histogram
     assert exposed | told == set(SpecMetrics.__slots__)
 
@@ -122,6 +122,6 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
     text = (Path(__file__).parents[1] / "examples" / "grafana.json").read_text()
     asked = set(re.findall(rf"{PREFIX}(\w+)", text))
     counters = {f"{name}_total" for name, _ in COUNTERS.values()}
-    counters |= {f"{name}_total" for name, _, _ in exposition._LABELLED.values()}
+    counters |= {f"{name}_total" for name, _, _ in prometheus._LABELLED.values()}
     assert asked
     assert asked <= counters | {"accepted_by_depth_total", "budget_nodes_bucket"}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 
 from vllm_specplugin import EMPTY_TREE, DraftTree
-from vllm_specplugin.forest import Forest
+from vllm_specplugin.trees.batch import Forest
 
 A = DraftTree([5, 6, 7, 8], [-1, -1, 1, 2], [0.3, 0.6, 0.5, 0.9])
 B = DraftTree.chain([9], [0.2])

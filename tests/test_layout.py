@@ -88,7 +88,7 @@ def test_proposers_scorers_and_policies_do_not_know_each_other() -> None:
 def test_the_core_names_no_algorithm() -> None:
     # But for the runner's state: the exact scorer stands in when one fails.
     roles = ("vllm_specplugin.proposers", "vllm_specplugin.scorers")
-    assert offenders("vllm_specplugin/", *roles, but="vllm_specplugin/vllm/state") == []
+    assert offenders("vllm_specplugin/", *roles, but="vllm_specplugin/vllm/runner/state") == []
 
 
 def environment_reads(path: Path) -> Iterator[int]:
@@ -115,7 +115,7 @@ def test_one_module_reads_the_environment() -> None:
     found = {
         name(path): lines
         for path in PACKAGE
-        if name(path) != "vllm_specplugin/environment.py"
+        if name(path) != "vllm_specplugin/utils/env.py"
         and (lines := list(environment_reads(path)))
     }
     assert found == {}

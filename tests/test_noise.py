@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_specplugin import noise
-from vllm_specplugin.noise import CHOOSE, FLIP, LAST, gumbel_rows, uniforms
+from vllm_specplugin.noise import gumbel as noise
+from vllm_specplugin.noise.gumbel import CHOOSE, FLIP, LAST, gumbel_rows, uniforms
 
 CPU = torch.device("cpu")
 

@@ -89,7 +89,7 @@ def test_the_wheel_holds_every_source_file(wheel: list[str]) -> None:
     }
     assert wanted <= set(wheel)
     assert f"{PACKAGE}/py.typed" in wheel
-    assert f"{PACKAGE}/demo/held_out_names.txt" in wheel
+    assert f"{PACKAGE}/tools/held_out_names.txt" in wheel
     # Nothing beside the package: no second `proposers`, no tests.
     tops = {name.partition("/")[0].partition("-")[0] for name in wheel}
     assert tops == {PACKAGE}

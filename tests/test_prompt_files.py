@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_specplugin.prompt_files import PromptFileError, read_prompts
+from vllm_specplugin.tools.prompt_files import PromptFileError, read_prompts
 
 
 def test_lines_and_json_lines(tmp_path):

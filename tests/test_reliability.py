@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from tests.test_trace_replay import PROMPT, record
-from vllm_specplugin import reliability as report
 from vllm_specplugin.cli import main
-from vllm_specplugin.reliability import BINS, reliability
-from vllm_specplugin.replay import load_recording
+from vllm_specplugin.tools.replay import calibration_report as report
+from vllm_specplugin.tools.replay.calibration_report import BINS, reliability
+from vllm_specplugin.tools.replay.replay import load_recording
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,12 @@ import pytest
 
 from vllm_specplugin import SCORERS, ConfigError
 from vllm_specplugin.config import SpecConfig
-from vllm_specplugin.requests import RequestOptions, RequestParser, cache_scope
 from vllm_specplugin.scorers.typical import TypicalScorer
+from vllm_specplugin.step.request_options import (
+    RequestOptions,
+    RequestParser,
+    cache_scope,
+)
 
 
 def parse_request(values, config):

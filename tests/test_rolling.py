@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_specplugin.metrics import SpecMetrics
-from vllm_specplugin.rolling import Rolling, sentence
+from vllm_specplugin.telemetry.counters import SpecMetrics
+from vllm_specplugin.telemetry.window import Rolling, sentence
 
 
 def step(metrics: SpecMetrics, drafted: int, accepted: int) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.scorers.exact import ExactScorer
-from vllm_specplugin.scoring import RequestScorer, take
+from vllm_specplugin.step.scoring import RequestScorer, take
 
 from .scorers.drafts import ENGINE, random_batch
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from vllm_specplugin import EMPTY_TREE, DraftTree
-from vllm_specplugin.layout import Move, StepLayout, scheduled_tree
+from vllm_specplugin.trees.step_layout import Move, StepLayout, scheduled_tree
 
 TREE = DraftTree([7, 8, 9, 6], [-1, 0, -1, 2])  # chain 7-8 in front, branch 9-6
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from vllm_specplugin.steptime import StepShape, StepTimeModel
+from vllm_specplugin.step.cost_model import StepShape, StepTimeModel
 
 
 def shape(requests, nodes, attended=0.0, masked=0):

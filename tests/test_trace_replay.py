@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from vllm_specplugin import DraftTree
+from vllm_specplugin.api.roles import EngineInfo, RequestView, StepOutcome
 from vllm_specplugin.config import SpecConfig, build
-from vllm_specplugin.draft_request import DraftRequest
-from vllm_specplugin.drafting import Drafter
 from vllm_specplugin.errors import ConfigError
-from vllm_specplugin.interfaces import EngineInfo, RequestView, StepOutcome
-from vllm_specplugin.metrics import SpecMetrics
-from vllm_specplugin.replay import load_recording, replay
-from vllm_specplugin.trace import TraceError, TraceWriter, read_trace
-from vllm_specplugin.tune import parse_load, parse_policy, replay_command
+from vllm_specplugin.step.draft_request import DraftRequest
+from vllm_specplugin.step.drafting import Drafter
+from vllm_specplugin.step.trace import TraceError, TraceWriter, read_trace
+from vllm_specplugin.telemetry.counters import SpecMetrics
+from vllm_specplugin.tools.replay.replay import load_recording, replay
+from vllm_specplugin.tools.replay.tune import parse_load, parse_policy, replay_command
 
 from .policies.support import outcome
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_specplugin.draft import EMPTY_TREE, DraftTree
 from vllm_specplugin.errors import (
     ConfigError,
     DraftTreeError,
@@ -17,6 +16,7 @@ from vllm_specplugin.errors import (
     UnsupportedError,
 )
 from vllm_specplugin.registry import POLICIES, PROPOSERS, SCORERS
+from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
 __all__ = [
     "EMPTY_TREE",
@@ -63,7 +63,7 @@ def speculate(
         ConfigError: a name or an option is wrong.
         UnsupportedError: the installed vLLM is not a supported one.
     """
-    from vllm_specplugin.vllm.args import engine_arguments
+    from vllm_specplugin.vllm.frontend.args import engine_arguments
 
     return engine_arguments(
         proposer=proposer,

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import vllm_specplugin
-from vllm_specplugin.environment import child_environment
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.redaction import (
     Scrubber,
@@ -32,7 +31,8 @@ from vllm_specplugin.redaction import (
     log_lines,
     steps,
 )
-from vllm_specplugin.trace import read_trace, reads_traces
+from vllm_specplugin.step.trace import read_trace, reads_traces
+from vllm_specplugin.utils.env import child_environment
 
 __all__ = ["write_bundle"]
 

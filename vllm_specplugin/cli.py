@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_specplugin import __version__
-from vllm_specplugin.ab.arguments import add_commands
 from vllm_specplugin.config import ROLES
 from vllm_specplugin.errors import ConfigError, SpecPluginError, complain
 from vllm_specplugin.fuzz.cli import add_command as add_fuzz_command
 from vllm_specplugin.heads.cli import add_commands as add_heads_commands
+from vllm_specplugin.tools.ab.cli import add_commands
 
 __all__ = ["main"]
 
@@ -189,7 +189,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _replay(args: argparse.Namespace) -> int:
-    from vllm_specplugin.tune import parse_load, replay_command
+    from vllm_specplugin.tools.replay.tune import parse_load, replay_command
 
     usual = [f'fixed:{{"nodes": {n}}}' for n in (2, 4, 8, 16)]
     return replay_command(
@@ -203,13 +203,13 @@ def _replay(args: argparse.Namespace) -> int:
 
 
 def _calibration(args: argparse.Namespace) -> int:
-    from vllm_specplugin.reliability import calibration_command
+    from vllm_specplugin.tools.replay.calibration_report import calibration_command
 
     return calibration_command(args.traces, plot=args.plot, json_path=args.json)
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from vllm_specplugin.tune import tune_command
+    from vllm_specplugin.tools.replay.tune import tune_command
 
     try:
         engine = json.loads(args.engine)

@@ -15,9 +15,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, get_origin, get_type_hints
 
-from vllm_specplugin.draft import MAX_NODES
 from vllm_specplugin.errors import ConfigError, complain, shown
 from vllm_specplugin.registry import POLICIES, PROPOSERS, SCORERS, Registry
+from vllm_specplugin.trees.tree import MAX_NODES
 
 __all__ = [
     "CONFIG_KEY",
@@ -309,7 +309,7 @@ def build(config: SpecConfig, role: str, engine: Any) -> Any:
     Args:
         config: the operator's configuration.
         role: ``"proposer"``, ``"scorer"`` or ``"policy"``.
-        engine: an :class:`~vllm_specplugin.interfaces.EngineInfo`.
+        engine: an :class:`~vllm_specplugin.api.roles.EngineInfo`.
     """
     factory, options = resolve(config, role)
     return factory(options, engine)

@@ -97,7 +97,7 @@ def configuration(value: Any, key: str = "") -> Any:
 
 
 def steps(lines: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Steps of a trace (:mod:`vllm_specplugin.trace`) without tokens: times, counts,
+    """Steps of a trace (:mod:`vllm_specplugin.step.trace`) without tokens: times, counts,
     shapes and estimates. Of tokens only how many they are is kept."""
     for line in lines:
         kept: dict[str, Any] = {k: float(line[k]) for k in "stgd" if k in line}

@@ -20,7 +20,7 @@ __all__ = ["POLICIES", "PROPOSERS", "SCORERS", "Registry"]
 Factory = Callable[..., Any]
 """A class with an optional nested ``Config`` dataclass, called as
 ``Factory(config, engine)`` with the parsed options and an
-:class:`~vllm_specplugin.interfaces.EngineInfo`."""
+:class:`~vllm_specplugin.api.roles.EngineInfo`."""
 
 
 class Registry:
@@ -134,7 +134,7 @@ PROPOSERS = Registry(
             "vllm_specplugin.proposers.token_recycling:TokenRecyclingProposer"
         ),
         **{
-            f"vllm:{method}": f"vllm_specplugin.proposers.native:{method}"
+            f"vllm:{method}": f"vllm_specplugin.proposers.vllm_native:{method}"
             for method in ("draft_model", "eagle", "eagle3", "mtp", "ngram", "suffix")
         },
     },

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from vllm_specplugin.demo.prompts import held_out_files, library_dir
+from vllm_specplugin.tools.held_out_prompts import held_out_files, library_dir
 
 HERE = Path(__file__).parent
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"

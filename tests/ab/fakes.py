@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from vllm_specplugin.engines import EngineError
+from vllm_specplugin.tools.engine_client import EngineError
 
 SPEC = {"drafts": 4, "draft_tokens": 12, "accepted": 6, "accepted_by_depth": [4, 2]}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_specplugin.ab.command import write_report
+from vllm_specplugin.tools.ab.command import write_report
 
 from .browser import browser
 from .test_report import report

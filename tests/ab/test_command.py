@@ -9,13 +9,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from vllm_specplugin.ab import measure as measuring
-from vllm_specplugin.ab.command import check_model
-from vllm_specplugin.ab.servers import check_port, flags, free_port
-from vllm_specplugin.ab.variants import parse_variant
 from vllm_specplugin.cli import main
-from vllm_specplugin.engines import EngineError
 from vllm_specplugin.errors import ConfigError
+from vllm_specplugin.tools.ab import measure as measuring
+from vllm_specplugin.tools.ab.command import check_model
+from vllm_specplugin.tools.ab.servers import check_port, flags, free_port
+from vllm_specplugin.tools.ab.variants import parse_variant
+from vllm_specplugin.tools.engine_client import EngineError
 
 from .fakes import FakeEngine
 
@@ -26,7 +26,7 @@ def no_engines(monkeypatch):
         raise AssertionError("an engine was started")
 
     monkeypatch.setattr(measuring, "EngineProcess", never)
-    monkeypatch.setattr("vllm_specplugin.ab.serve.EngineProcess", never)
+    monkeypatch.setattr("vllm_specplugin.tools.ab.serve.EngineProcess", never)
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_specplugin.ab.explain import explain_command, explain_trace
-from vllm_specplugin.trace import TraceError
+from vllm_specplugin.step.trace import TraceError
+from vllm_specplugin.tools.ab.explain import explain_command, explain_trace
 
 from ..test_trace_replay import record
 

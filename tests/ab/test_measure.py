@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_specplugin.ab import measure as module
-from vllm_specplugin.ab.measure import Plan, measure, steps_of
-from vllm_specplugin.ab.prompts import PromptSet
-from vllm_specplugin.ab.records import Cell, Record, cause
-from vllm_specplugin.ab.report import build_report
-from vllm_specplugin.ab.variants import parse_variants
-from vllm_specplugin.prompt_files import PromptFileError
+from vllm_specplugin.tools.ab import measure as module
+from vllm_specplugin.tools.ab.measure import Plan, measure, steps_of
+from vllm_specplugin.tools.ab.prompts import PromptSet
+from vllm_specplugin.tools.ab.records import Cell, Record, cause
+from vllm_specplugin.tools.ab.report import build_report
+from vllm_specplugin.tools.ab.variants import parse_variants
+from vllm_specplugin.tools.prompt_files import PromptFileError
 
 from .fakes import Bar, FakeEngine, dies
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_specplugin.environment import MEND, mending_wanted
-from vllm_specplugin.vllm.ab_process import _difference, _logprobs, _request
-from vllm_specplugin.vllm.bench_process import _answer
-from vllm_specplugin.vllm.parts import timed_parts
+from vllm_specplugin.utils.env import MEND, mending_wanted
+from vllm_specplugin.vllm.processes.ab import _difference, _logprobs, _request
+from vllm_specplugin.vllm.processes.bench import _answer
+from vllm_specplugin.vllm.processes.step_parts import timed_parts
 
 
 class Model:
@@ -137,11 +137,12 @@ def test_failed_requests_are_not_measured():
 
 
 def test_servers_mend_only_when_told(monkeypatch):
-    from vllm_specplugin.vllm import plugin, repair
+    from vllm_specplugin.vllm import plugin
+    from vllm_specplugin.vllm.compat import cpu_sampling_fix
 
     mended = []
-    monkeypatch.setattr(repair, "expansion_is_broken", lambda: True)
-    monkeypatch.setattr(repair, "mend_expansion", lambda: mended.append(1))
+    monkeypatch.setattr(cpu_sampling_fix, "expansion_is_broken", lambda: True)
+    monkeypatch.setattr(cpu_sampling_fix, "mend_expansion", lambda: mended.append(1))
     monkeypatch.delenv(MEND, raising=False)
     assert not mending_wanted()
     plugin._mend_if_measuring()

@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
-from vllm_specplugin.ab.prompts import BUILTIN, PromptSet, load_prompts
 from vllm_specplugin.errors import SpecPluginError
-from vllm_specplugin.prompt_files import PromptFileError
+from vllm_specplugin.tools.ab.prompts import BUILTIN, PromptSet, load_prompts
+from vllm_specplugin.tools.prompt_files import PromptFileError
 
 
 def load(name: str, most: int = 12):

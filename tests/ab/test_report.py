@@ -7,17 +7,22 @@ import json
 import numpy as np
 import pytest
 
-from vllm_specplugin.ab.command import write_report
-from vllm_specplugin.ab.compare import compare_reports, report_command
-from vllm_specplugin.ab.explain import Parts, changes, explain_command, explain_report
-from vllm_specplugin.ab.prompts import PromptSet
-from vllm_specplugin.ab.records import Cell, Record
-from vllm_specplugin.ab.report import ReportError, build_report, read_report
-from vllm_specplugin.ab.report_md import markdown
-from vllm_specplugin.ab.texts import difference, divergence
-from vllm_specplugin.ab.variants import parse_variants
-from vllm_specplugin.ab.words import headlines, interval_words, verdict_words
 from vllm_specplugin.errors import SpecPluginError
+from vllm_specplugin.tools.ab.command import write_report
+from vllm_specplugin.tools.ab.compare import compare_reports, report_command
+from vllm_specplugin.tools.ab.explain import (
+    Parts,
+    changes,
+    explain_command,
+    explain_report,
+)
+from vllm_specplugin.tools.ab.phrases import headlines, interval_words, verdict_words
+from vllm_specplugin.tools.ab.prompts import PromptSet
+from vllm_specplugin.tools.ab.records import Cell, Record
+from vllm_specplugin.tools.ab.report import ReportError, build_report, read_report
+from vllm_specplugin.tools.ab.report_md import markdown
+from vllm_specplugin.tools.ab.text_equality import difference, divergence
+from vllm_specplugin.tools.ab.variants import parse_variants
 
 PROMPTS = PromptSet("builtin:code", ["a", "b"])
 SPECS = ("baseline", "vllm:ngram", "suffix", "suffix+typical", "bad=vllm:eagle")

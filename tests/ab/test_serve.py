@@ -9,16 +9,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from vllm_specplugin.ab import serve as module
-from vllm_specplugin.ab.measure import Plan
-from vllm_specplugin.ab.prompts import PromptSet
-from vllm_specplugin.ab.records import Cell, Record
-from vllm_specplugin.ab.report import build_report
-from vllm_specplugin.ab.report_md import markdown
-from vllm_specplugin.ab.serve import LoadPlan, measure_served
-from vllm_specplugin.ab.servers import ServerProcess, free_port, model_at
-from vllm_specplugin.ab.variants import Variant, parse_variants
-from vllm_specplugin.engines import EngineError
+from vllm_specplugin.tools.ab import serve as module
+from vllm_specplugin.tools.ab.measure import Plan
+from vllm_specplugin.tools.ab.prompts import PromptSet
+from vllm_specplugin.tools.ab.records import Cell, Record
+from vllm_specplugin.tools.ab.report import build_report
+from vllm_specplugin.tools.ab.report_md import markdown
+from vllm_specplugin.tools.ab.serve import LoadPlan, measure_served
+from vllm_specplugin.tools.ab.servers import ServerProcess, free_port, model_at
+from vllm_specplugin.tools.ab.variants import Variant, parse_variants
+from vllm_specplugin.tools.engine_client import EngineError
 
 from .fakes import SPEC, Bar
 from .test_end_to_end import ENVIRONMENT, command, rows

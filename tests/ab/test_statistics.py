@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from vllm_specplugin.ab.statistics import (
+from vllm_specplugin.tools.ab.statistics import (
     FEW_ROUNDS,
     _student_quantile,
     compare,

@@ -4,14 +4,22 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from vllm_specplugin.ab.plots_svg import (
+from vllm_specplugin.tools.ab.plots_svg import (
     acceptance_plot,
     load_plot,
     parts_plot,
     ratio_plot,
     request_plot,
 )
-from vllm_specplugin.ab.svg import Scale, circle, path, picture, series, text, ticks
+from vllm_specplugin.tools.ab.svg import (
+    Scale,
+    circle,
+    path,
+    picture,
+    series,
+    text,
+    ticks,
+)
 
 from .test_report import report
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from vllm_specplugin.ab.variants import VLLM_METHODS
+from vllm_specplugin.tools.ab.variants import VLLM_METHODS
 
 
 def strings(literal: Any) -> Iterator[str]:

@@ -11,9 +11,7 @@ import torch
 from tests.proposers.fake_heads import heads_folder
 from tests.proposers.fake_model import equipped
 from vllm_specplugin import POLICIES, PROPOSERS, SCORERS, DraftTree
-from vllm_specplugin.config import SpecConfig, build
-from vllm_specplugin.forest import Forest
-from vllm_specplugin.interfaces import (
+from vllm_specplugin.api.roles import (
     BudgetContext,
     EngineInfo,
     LengthPolicy,
@@ -24,7 +22,9 @@ from vllm_specplugin.interfaces import (
     StepOutcome,
     TrimContext,
 )
-from vllm_specplugin.layout import StepLayout
+from vllm_specplugin.config import SpecConfig, build
+from vllm_specplugin.trees.batch import Forest
+from vllm_specplugin.trees.step_layout import StepLayout
 
 ENGINE = EngineInfo(vocab_size=30, max_model_len=256, max_num_seqs=8, max_nodes=16)
 

@@ -8,13 +8,13 @@ import pytest
 from tokenizers import Tokenizer
 
 from vllm_specplugin.demo.models import model_path
-from vllm_specplugin.demo.prompts import (
+from vllm_specplugin.errors import ConfigError, SpecPluginError
+from vllm_specplugin.tools.held_out_prompts import (
     held_out_files,
     held_out_names,
     held_out_prompts,
     library_dir,
 )
-from vllm_specplugin.errors import ConfigError, SpecPluginError
 
 LENGTH = 96
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import json
 
-from vllm_specplugin.ab import measure as measuring
 from vllm_specplugin.demo import run as module
 from vllm_specplugin.demo.run import demo
+from vllm_specplugin.tools.ab import measure as measuring
 
 from ..ab.fakes import FakeEngine
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from vllm_specplugin import PROPOSERS
+from vllm_specplugin.api.roles import EngineInfo, ProposeContext, RequestView
 from vllm_specplugin.cli import main
-from vllm_specplugin.engines import EngineError
 from vllm_specplugin.errors import ConfigError
 from vllm_specplugin.fuzz.adversary import FAULTY, MODES, PATH, Adversary
 from vllm_specplugin.fuzz.campaign import Plan, campaign
@@ -22,7 +22,7 @@ from vllm_specplugin.fuzz.compare import compare
 from vllm_specplugin.fuzz.generate import make_frame, make_workload
 from vllm_specplugin.fuzz.shrink import shrink
 from vllm_specplugin.fuzz.workload import Case, Frame, Request, Workload
-from vllm_specplugin.interfaces import EngineInfo, ProposeContext, RequestView
+from vllm_specplugin.tools.engine_client import EngineError
 
 FRAME = Frame(engine={"max_model_len": 64, "block_size": 32, "max_num_seqs": 4})
 

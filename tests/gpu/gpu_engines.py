@@ -21,7 +21,7 @@ from bench_policies import PLAIN
 from vllm_specplugin.demo.inflate import inflated_model
 from vllm_specplugin.demo.models import model_path
 from vllm_specplugin.demo.workloads import workload
-from vllm_specplugin.engines import EngineProcess
+from vllm_specplugin.tools.engine_client import EngineProcess
 
 __all__ = ["SHAPES", "equality", "expected", "graphs", "speed"]
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from vllm_specplugin.vllm.kv_rows import KVRows, compact_reference
-from vllm_specplugin.vllm.tree_attention import device_reference as reference
-from vllm_specplugin.vllm.tree_attention import triton as kernel
+from vllm_specplugin.vllm.kv_cache.rows import KVRows, compact_reference
+from vllm_specplugin.vllm.tree_attention import gpu_kernel as kernel
+from vllm_specplugin.vllm.tree_attention import gpu_reference as reference
 
 __all__ = ["compare", "time_attention", "time_moves"]
 

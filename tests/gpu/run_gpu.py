@@ -227,7 +227,7 @@ def main(given: list[str] | None = None) -> int:
     args = arguments(given)
     import torch
 
-    from vllm_specplugin.demo.provenance import provenance
+    from vllm_specplugin.tools.provenance import provenance
 
     device = "cpu" if args.dry_run else "cuda"
     if device == "cuda" and not torch.cuda.is_available():

@@ -19,7 +19,7 @@ from vllm_specplugin.heads.calibration import (
 from vllm_specplugin.heads.cli import expected_tokens
 from vllm_specplugin.heads.medusa import HeadShape, MedusaHeads, save_heads
 from vllm_specplugin.heads.target import load_target
-from vllm_specplugin.noise import gumbel
+from vllm_specplugin.noise.gumbel import gumbel
 
 TEXT = regular_text(4_000, 9)
 PROMPTS = [TEXT[n * 50 : n * 50 + 6 + n].tolist() for n in range(10)]

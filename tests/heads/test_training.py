@@ -15,7 +15,7 @@ from vllm_specplugin.heads import train as training
 from vllm_specplugin.heads.medusa import load_heads
 from vllm_specplugin.heads.target import load_target, read_tokens
 from vllm_specplugin.heads.train import TrainSettings, evaluate, new_heads, train_heads
-from vllm_specplugin.prompt_files import PromptFileError
+from vllm_specplugin.tools.prompt_files import PromptFileError
 
 IDS, HELD = regular_text(20_000, 2), regular_text(2_000, 3)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 
-from vllm_specplugin.demo.prompts import held_out_prompts
+from vllm_specplugin.tools.held_out_prompts import held_out_prompts
 
 __all__ = ["Answer", "Clients", "mixed_requests"]
 

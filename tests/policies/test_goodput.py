@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from vllm_specplugin import DraftTree
+from vllm_specplugin.api.roles import EngineInfo, RequestView, StepOutcome
 from vllm_specplugin.config import SpecConfig
-from vllm_specplugin.draft_request import DraftRequest
-from vllm_specplugin.drafting import Drafter
-from vllm_specplugin.interfaces import EngineInfo, RequestView, StepOutcome
-from vllm_specplugin.metrics import SpecMetrics
 from vllm_specplugin.policies.goodput import GoodputPolicy
+from vllm_specplugin.step.draft_request import DraftRequest
+from vllm_specplugin.step.drafting import Drafter
+from vllm_specplugin.telemetry.counters import SpecMetrics
 
 from .support import ENGINE, budget, chains, context, outcome
 
@@ -272,7 +272,7 @@ def test_step_times_survive_a_restart(tmp_path, monkeypatch, caplog):
     def full(**_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("vllm_specplugin.steptime.tempfile.mkstemp", full)
+    monkeypatch.setattr("vllm_specplugin.step.cost_model.tempfile.mkstemp", full)
     with caplog.at_level(logging.WARNING):
         for _ in range(450):
             made.observe(outcome([0], [0], 0.02))

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from vllm_specplugin import DraftTree
-from vllm_specplugin.forest import Forest
 from vllm_specplugin.policies._selection import (
     best_nodes,
     causal_nodes,
     likeliest,
     likeliest_per_tree,
 )
+from vllm_specplugin.trees.batch import Forest
 
 from .support import chains
 

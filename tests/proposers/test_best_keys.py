@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.proposers.test_text_proposers import view
-from vllm_specplugin.noise import MURMUR, PHILOX
-from vllm_specplugin.proposers import _growth
-from vllm_specplugin.proposers._growth import Shape, children
+from vllm_specplugin.noise.gumbel import MURMUR, PHILOX
+from vllm_specplugin.proposers._model_tree import growth
+from vllm_specplugin.proposers._model_tree.growth import Shape, children
 
 SIZE = 4099
 VIEWS = [
@@ -39,7 +39,7 @@ def test_they_are_those_of_the_tensors(noise, coupled, depth, spread):
     how = shape(noise=noise, coupled=coupled)
     asked = (VIEWS, OWNERS, depth, how, spread)
     compiled = children(logits(8), *asked)
-    tensors = _growth._on_device(logits(8), *asked)
+    tensors = growth._on_device(logits(8), *asked)
     assert compiled.tokens.tolist() == tensors.tokens.tolist()
     np.testing.assert_allclose(compiled.estimates, tensors.estimates, atol=1e-5)
     assert len(compiled.drawn) == 0 and compiled.laws is None
@@ -48,18 +48,18 @@ def test_they_are_those_of_the_tensors(noise, coupled, depth, spread):
 @pytest.mark.parametrize("noise", [PHILOX, MURMUR])
 def test_keys_are_the_same_numbers(noise):
     """An ulp would do to turn the order of two tokens round."""
-    from vllm_specplugin.proposers import _best_keys
+    from vllm_specplugin.proposers._model_tree import top_keys_numba
 
-    seen, found = [], _best_keys.best_keys
+    seen, found = [], top_keys_numba.best_keys
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            _best_keys,
+            top_keys_numba,
             "best_keys",
             lambda keys, *rest: (found(keys, *rest), seen.append(keys.copy())),
         )
         children(logits(8), VIEWS, OWNERS, 2, shape(noise=noise), 0.6)
     expected = logits(8)
-    _growth.couple(expected, VIEWS, OWNERS, 2, noise)
+    growth.couple(expected, VIEWS, OWNERS, 2, noise)
     assert torch.equal(torch.from_numpy(seen[0])[:6], expected[:6])
 
 

@@ -11,14 +11,14 @@ import pytest
 from tests.conformance.test_registered import view
 from tests.proposers.fake_heads import heads_folder
 from tests.proposers.fake_model import equipped
+from vllm_specplugin.api.roles import EngineInfo, ProposeContext
 from vllm_specplugin.config import parse_options
-from vllm_specplugin.draft import EMPTY_TREE, DraftTree
 from vllm_specplugin.errors import ConfigError
-from vllm_specplugin.forest import Forest
-from vllm_specplugin.interfaces import EngineInfo, ProposeContext
-from vllm_specplugin.proposers import _fused_merge
-from vllm_specplugin.proposers._fused_member import MAX_FAILURES
+from vllm_specplugin.proposers._fused import merge_numba
+from vllm_specplugin.proposers._fused.member import MAX_FAILURES
 from vllm_specplugin.proposers.fused import FusedProposer
+from vllm_specplugin.trees.batch import Forest
+from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
 ENGINE = EngineInfo(vocab_size=30, max_model_len=256, max_num_seqs=8, max_nodes=16)
 
@@ -105,7 +105,7 @@ def test_merging_keeps_every_path_once_with_its_best_estimate():
         starts = np.empty(5, dtype=np.int64)
         tokens, parents, depths, votes = np.empty((4, size), dtype=np.int64)
         values = np.empty(size)
-        _fused_merge.merge(
+        merge_numba.merge(
             4, forest.starts, forest.tokens, forest.parents, forest.estimates,
             starts, tokens, parents, depths, values, votes,
         )  # fmt: skip
@@ -128,7 +128,7 @@ def test_a_members_twins_are_one_vote():
     out_starts = np.empty(2, dtype=np.int64)
     tokens, parents, depths, votes = np.empty((4, size), dtype=np.int64)
     forest, values = Forest.of([tree]), np.empty(size)
-    _fused_merge.merge(
+    merge_numba.merge(
         1, starts, forest.tokens, forest.parents, forest.estimates,
         out_starts, tokens, parents, depths, values, votes,
     )  # fmt: skip
@@ -144,12 +144,12 @@ def test_choosing_and_packing_is_what_trees_do_by_themselves():
         forest = Forest.of(trees)
         most = rng.integers(0, 6, 5)
         keep = np.empty(len(forest), dtype=np.bool_)
-        _fused_merge.likeliest(
+        merge_numba.likeliest(
             forest.starts, forest.parents, forest.estimates, most, keep
         )
         starts = np.empty(6, dtype=np.int64)
         parents = np.empty(len(forest), dtype=np.int64)
-        _fused_merge.pack(forest.starts, forest.parents, keep, starts, parents)
+        merge_numba.pack(forest.starts, forest.parents, keep, starts, parents)
         for i, tree in enumerate(trees):
             order = np.argsort(-tree.survival, kind="stable")
             expected = tree.take(np.sort(order[: most[i]]))

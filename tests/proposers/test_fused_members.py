@@ -7,10 +7,10 @@ import pytest
 
 from tests.conformance.test_registered import view
 from tests.proposers.fake_model import equipped
+from vllm_specplugin.api.roles import EngineInfo, ProposeContext
 from vllm_specplugin.config import parse_options
-from vllm_specplugin.draft import EMPTY_TREE, DraftTree
-from vllm_specplugin.interfaces import EngineInfo, ProposeContext
 from vllm_specplugin.proposers.fused import FusedProposer
+from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
 ENGINE = EngineInfo(vocab_size=30, max_model_len=256, max_num_seqs=8, max_nodes=16)
 RATE = 100.0

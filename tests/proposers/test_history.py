@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from vllm_specplugin.interfaces import EngineInfo, RequestView
-from vllm_specplugin.noise import gumbel
-from vllm_specplugin.proposers import _history_index as indexing
-from vllm_specplugin.proposers import _history_votes as votes
-from vllm_specplugin.proposers._history import HistoryDrafter, make_rule
+from vllm_specplugin.api.roles import EngineInfo, RequestView
+from vllm_specplugin.noise.gumbel import gumbel
+from vllm_specplugin.proposers._history import index_numba as indexing
+from vllm_specplugin.proposers._history import votes_numba as votes
+from vllm_specplugin.proposers._history.drafter import HistoryDrafter, make_rule
 
 MASK = 255
 
@@ -268,7 +268,7 @@ def test_the_store_is_renumbered_before_positions_overflow(monkeypatch):
     for i in range(40):
         request = [view(str(i), rng.integers(0, 4, 50))]
         with monkeypatch.context() as patch:
-            limit = "vllm_specplugin.proposers._history._LAST_POSITION"
+            limit = "vllm_specplugin.proposers._history.drafter._LAST_POSITION"
             patch.setattr(limit, 700)
             trees = renumbered.draft(request)
             renumbered.release([str(i)])

@@ -13,14 +13,14 @@ from tests.conformance.test_registered import ENGINE, view
 from tests.proposers.fake_heads import HIDDEN, VOCAB, heads_folder, random_heads
 from tests.proposers.fake_model import changed
 from vllm_specplugin import EMPTY_TREE, ConfigError
+from vllm_specplugin.api.roles import EngineInfo, ProposeContext, TargetRows
 from vllm_specplugin.config import parse_options
-from vllm_specplugin.draft import DraftTree
 from vllm_specplugin.heads.calibration import HeadCalibration
 from vllm_specplugin.heads.medusa import save_heads
-from vllm_specplugin.interfaces import EngineInfo, ProposeContext, TargetRows
-from vllm_specplugin.noise import gumbel
-from vllm_specplugin.proposers._product_tree import explore
+from vllm_specplugin.noise.gumbel import gumbel
+from vllm_specplugin.proposers._medusa.product_tree import explore
 from vllm_specplugin.proposers.medusa import MedusaProposer
+from vllm_specplugin.trees.tree import DraftTree
 
 HEADS = random_heads()
 

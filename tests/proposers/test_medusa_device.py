@@ -13,14 +13,14 @@ from tests.conformance.test_registered import ENGINE, view
 from tests.proposers.fake_heads import VOCAB, random_heads
 from tests.proposers.fake_model import changed
 from tests.proposers.test_medusa import draft, hidden, make, paths_of
-from vllm_specplugin.device_interfaces import DeviceContext, OffersDevice
-from vllm_specplugin.draft import DraftTree
+from vllm_specplugin.api.device_proposer import DeviceContext, OffersDevice
+from vllm_specplugin.api.roles import TargetRows
 from vllm_specplugin.heads.calibration import HeadCalibration
 from vllm_specplugin.heads.medusa import save_heads
-from vllm_specplugin.interfaces import TargetRows
-from vllm_specplugin.noise import MURMUR
-from vllm_specplugin.proposers._medusa_device import product_trees
-from vllm_specplugin.proposers._product_tree import explore
+from vllm_specplugin.noise.gumbel import MURMUR
+from vllm_specplugin.proposers._medusa.device import product_trees
+from vllm_specplugin.proposers._medusa.product_tree import explore
+from vllm_specplugin.trees.tree import DraftTree
 
 CPU = torch.device("cpu")
 SECOND = dataclasses.replace(ENGINE, noise=MURMUR)

@@ -8,10 +8,10 @@ import torch
 
 from tests.proposers.fake_model import FakeNative
 from tests.proposers.test_text_proposers import view
+from vllm_specplugin.api.roles import EngineInfo, ProposeContext
 from vllm_specplugin.config import SpecConfig, build, resolve
 from vllm_specplugin.errors import ConfigError
-from vllm_specplugin.interfaces import EngineInfo, ProposeContext
-from vllm_specplugin.noise import gumbel
+from vllm_specplugin.noise.gumbel import gumbel
 
 VOCAB = 1000
 ENGINE = EngineInfo(vocab_size=VOCAB, max_model_len=256, max_num_seqs=8, max_nodes=16)

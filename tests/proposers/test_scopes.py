@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from vllm_specplugin import PROPOSERS
+from vllm_specplugin.api.roles import EngineInfo, ProposeContext, RequestView
 from vllm_specplugin.config import parse_options
-from vllm_specplugin.interfaces import EngineInfo, ProposeContext, RequestView
-from vllm_specplugin.proposers import _history_index as indexing
 from vllm_specplugin.proposers import token_recycling
-from vllm_specplugin.proposers._history import scope_code
+from vllm_specplugin.proposers._history import index_numba as indexing
+from vllm_specplugin.proposers._history.drafter import scope_code
 
 ENGINE = EngineInfo(vocab_size=500, max_model_len=256, max_num_seqs=8, max_nodes=8)
 SECRET = list(range(100, 140))
@@ -87,7 +87,7 @@ def test_the_store_is_shared_and_the_oldest_text_goes_first() -> None:
 
 
 def test_renumbering_keeps_scopes(monkeypatch) -> None:
-    limit = "vllm_specplugin.proposers._history._LAST_POSITION"
+    limit = "vllm_specplugin.proposers._history.drafter._LAST_POSITION"
     proposer = make("suffix", store_tokens=1024)
     serve(proposer, "secret", SECRET, "alice")
     monkeypatch.setattr(limit, 10)

@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 
+from vllm_specplugin.api.roles import EngineInfo, ProposeContext, RequestView
 from vllm_specplugin.config import SpecConfig, build
-from vllm_specplugin.draft import ROOT
 from vllm_specplugin.errors import ConfigError
-from vllm_specplugin.interfaces import EngineInfo, ProposeContext, RequestView
-from vllm_specplugin.noise import gumbel
+from vllm_specplugin.noise.gumbel import gumbel
+from vllm_specplugin.trees.tree import ROOT
 
 VOCAB = 1000
 ENGINE = EngineInfo(vocab_size=VOCAB, max_model_len=4096, max_num_seqs=16, max_nodes=16)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from tests.conformance.test_registered import view
+from vllm_specplugin.api.roles import EngineInfo, ProposeContext
 from vllm_specplugin.config import parse_options
-from vllm_specplugin.draft import DraftTree
-from vllm_specplugin.interfaces import EngineInfo, ProposeContext
-from vllm_specplugin.noise import gumbel
+from vllm_specplugin.noise.gumbel import gumbel
 from vllm_specplugin.proposers.token_recycling import TokenRecyclingProposer
+from vllm_specplugin.trees.tree import DraftTree
 
 ENGINE = EngineInfo(vocab_size=30, max_model_len=256, max_num_seqs=8, max_nodes=16)
 

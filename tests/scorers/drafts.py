@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from vllm_specplugin.draft import DraftTree
-from vllm_specplugin.draft_probs import DraftProbs, batch_probs
-from vllm_specplugin.interfaces import EngineInfo, ScoreBatch
-from vllm_specplugin.layout import StepLayout
-from vllm_specplugin.noise import CHOOSE, FLIP, LAST, uniforms
+from vllm_specplugin.api.roles import EngineInfo, ScoreBatch
+from vllm_specplugin.noise.gumbel import CHOOSE, FLIP, LAST, uniforms
 from vllm_specplugin.scorers.reference import Uniforms, Verification
+from vllm_specplugin.trees.draft_probs import DraftProbs, batch_probs
+from vllm_specplugin.trees.step_layout import StepLayout
+from vllm_specplugin.trees.tree import DraftTree
 
 VOCAB = 12
 ENGINE = EngineInfo(vocab_size=VOCAB, max_model_len=64, max_num_seqs=8, max_nodes=16)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_specplugin.draft import DraftTree
-from vllm_specplugin.interfaces import EngineInfo, ScoreBatch
-from vllm_specplugin.layout import StepLayout
-from vllm_specplugin.noise import gumbel
+from vllm_specplugin.api.roles import EngineInfo, ScoreBatch
+from vllm_specplugin.noise.gumbel import gumbel
 from vllm_specplugin.scorers.exact import ExactScorer, match_walk
+from vllm_specplugin.trees.step_layout import StepLayout
+from vllm_specplugin.trees.tree import DraftTree
 
 from ..laws import all_choices, path_of, prefix_law, random_target, target_law
 

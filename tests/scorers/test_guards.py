@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_specplugin.draft import DraftTree
-from vllm_specplugin.interfaces import EngineInfo
+from vllm_specplugin.api.roles import EngineInfo
 from vllm_specplugin.scorers._guards import GuardConfig, Ledger, Usage
 from vllm_specplugin.scorers.exact import ExactScorer
+from vllm_specplugin.trees.tree import DraftTree
 
 from .drafts import batch_of, random_batch
 from .test_rules import LOSSY, OPEN, make

@@ -7,7 +7,7 @@ import pytest
 
 from vllm_specplugin import SCORERS
 from vllm_specplugin.scorers import reference
-from vllm_specplugin.scoring import take
+from vllm_specplugin.step.scoring import take
 
 from .drafts import ENGINE, random_batch, replay
 

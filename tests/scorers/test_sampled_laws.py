@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from vllm_specplugin import SCORERS
-from vllm_specplugin.draft import DraftTree
-from vllm_specplugin.draft_probs import DraftProbs
-from vllm_specplugin.interfaces import EngineInfo, ScoreBatch
-from vllm_specplugin.noise import FLIP, uniforms
+from vllm_specplugin.api.roles import EngineInfo, ScoreBatch
+from vllm_specplugin.noise.gumbel import FLIP, uniforms
 from vllm_specplugin.scorers._candidates import Candidates
+from vllm_specplugin.trees.draft_probs import DraftProbs
+from vllm_specplugin.trees.tree import DraftTree
 
 from .drafts import batch_of, softmax
 

@@ -14,13 +14,13 @@ import sys
 import zipfile
 from pathlib import Path
 
-from vllm_specplugin.vllm.upstream import SEAMS
+from vllm_specplugin.vllm.compat.seams import SEAMS
 
 Seams = dict[str, tuple[str, ...] | None]
 
 
 def differences(wheel: Path, seams: Seams) -> list[str]:
-    """Sentences, as :func:`vllm_specplugin.vllm.upstream.drift` has them."""
+    """Sentences, as :func:`vllm_specplugin.vllm.compat.seams.drift` has them."""
     with zipfile.ZipFile(wheel) as archive:
         return [
             f"{path} {problem}"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vllm_specplugin import SCORERS
-from vllm_specplugin.engines import EngineProcess
+from vllm_specplugin.tools.engine_client import EngineProcess
 
 from .prompts import TARGET, code_prompts
 

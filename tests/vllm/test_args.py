@@ -12,8 +12,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_specplugin import ConfigError, UnsupportedError, register, speculate
 from vllm_specplugin.config import CONFIG_KEY
-from vllm_specplugin.vllm.args import DRAFTER, WORKER
-from vllm_specplugin.vllm.drafter import PluginDrafter
+from vllm_specplugin.vllm.frontend.args import DRAFTER, WORKER
+from vllm_specplugin.vllm.frontend.placeholder_drafter import PluginDrafter
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +121,9 @@ def test_bad_flags_stop_with_one_message(parser, flags, message):
 
 
 def test_speculate_refuses_an_unsupported_vllm(monkeypatch):
-    from vllm_specplugin.vllm import upstream
+    from vllm_specplugin.vllm.compat import seams
 
-    monkeypatch.setattr(upstream, "installed_version", lambda: "0.31.0")
+    monkeypatch.setattr(seams, "installed_version", lambda: "0.31.0")
     with pytest.raises(UnsupportedError, match=r"vLLM 0\.31\.0"):
         speculate("suffix")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from vllm_specplugin.metrics import SpecMetrics
-from vllm_specplugin.vllm.device_counters import EVERY, DeviceCounters
+from vllm_specplugin.telemetry.counters import SpecMetrics
+from vllm_specplugin.vllm.runner.device_counters import EVERY, DeviceCounters
 
 CPU = torch.device("cpu")
 

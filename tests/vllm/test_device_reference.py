@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_specplugin.vllm.tree_attention import device_reference as reference
-from vllm_specplugin.vllm.tree_attention.triton import (
+from vllm_specplugin.vllm.tree_attention import gpu_reference as reference
+from vllm_specplugin.vllm.tree_attention.gpu_kernel import (
     Device,
     choose_launch,
     why_unsupported,

@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_specplugin.draft import DraftTree
-from vllm_specplugin.interfaces import ScoreBatch
-from vllm_specplugin.layout import StepLayout
+from vllm_specplugin.api.roles import ScoreBatch
 from vllm_specplugin.scorers.exact import match_walk
-from vllm_specplugin.vllm.device_trees import DeviceTrees, pack, reach, walk
-from vllm_specplugin.vllm.texts import Texts
+from vllm_specplugin.trees.step_layout import StepLayout
+from vllm_specplugin.trees.tree import DraftTree
+from vllm_specplugin.vllm.runner.token_history import Texts
 from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
+from vllm_specplugin.vllm.tree_attention.device_trees import (
+    DeviceTrees,
+    pack,
+    reach,
+    walk,
+)
 from vllm_specplugin.vllm.tree_attention.plan import plan_tree_rows
 
 VOCAB = 5

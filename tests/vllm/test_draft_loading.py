@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vllm_specplugin.errors import UnsupportedError
-from vllm_specplugin.vllm.draft_loading import load_draft_model
+from vllm_specplugin.vllm.runner_v1.draft_loading import load_draft_model
 
 
 class Config(SimpleNamespace):

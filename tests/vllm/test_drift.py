@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from vllm_specplugin import UnsupportedError
-from vllm_specplugin.vllm import upstream
+from vllm_specplugin.vllm.compat import seams
 
 
 def test_the_installed_vllm_is_as_expected():
-    assert upstream.drift() == []
+    assert seams.drift() == []
 
 
 def test_a_change_is_named(monkeypatch):
     monkeypatch.setattr(
-        upstream,
+        seams,
         "SEAMS",
         {
             "vllm.v1.outputs:SamplerOutput": ("sampled_token_ids", "logits"),
@@ -22,7 +22,7 @@ def test_a_change_is_named(monkeypatch):
             "vllm.v1.sample.sampler:Sampler.compute_logprobs": ("x",),
         },
     )
-    changed, gone, renamed = upstream.drift()
+    changed, gone, renamed = seams.drift()
     assert "SamplerOutput takes" in changed
     assert "expected ('sampled_token_ids', 'logits')" in changed
     assert "NoSuchThing is gone" in gone
@@ -31,11 +31,11 @@ def test_a_change_is_named(monkeypatch):
 
 @pytest.mark.parametrize("found", ["0.31.4", "0.33.0", None])
 def test_other_versions_stop_with_the_supported_ones(monkeypatch, found):
-    monkeypatch.setattr(upstream, "installed_version", lambda: found)
+    monkeypatch.setattr(seams, "installed_version", lambda: found)
     with pytest.raises(UnsupportedError, match=r"expected vLLM 0\.32\.x"):
-        upstream.check_version()
+        seams.check_version()
 
 
 def test_patch_releases_are_fine(monkeypatch):
-    monkeypatch.setattr(upstream, "installed_version", lambda: "0.32.7")
-    upstream.check_version()
+    monkeypatch.setattr(seams, "installed_version", lambda: "0.32.7")
+    seams.check_version()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vllm_specplugin.engines import EngineError
+from vllm_specplugin.tools.engine_client import EngineError
 
 from .conftest import SWITCH, TARGET, Engine, start
 

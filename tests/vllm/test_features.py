@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from vllm_specplugin import DraftTree
-from vllm_specplugin.interfaces import ScoreResult
-from vllm_specplugin.layout import StepLayout
-from vllm_specplugin.vllm.features import likeliest, show_rows
+from vllm_specplugin.api.roles import ScoreResult
+from vllm_specplugin.trees.step_layout import StepLayout
+from vllm_specplugin.vllm.runner.target_rows import likeliest, show_rows
 
 
 def test_rows_are_shown_with_what_they_read_and_emitted() -> None:

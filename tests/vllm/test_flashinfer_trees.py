@@ -15,9 +15,9 @@ import torch
 from vllm_specplugin import ConfigError
 from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.errors import UnsupportedError
-from vllm_specplugin.vllm import upstream
-from vllm_specplugin.vllm.tree_attention import device_reference as reference
+from vllm_specplugin.vllm.compat import seams
 from vllm_specplugin.vllm.tree_attention import flashinfer
+from vllm_specplugin.vllm.tree_attention import gpu_reference as reference
 from vllm_specplugin.vllm.tree_attention.flashinfer import (
     SIGNATURES,
     FlashInferTrees,
@@ -133,7 +133,7 @@ def test_the_double_has_the_signatures_that_are_relied_on() -> None:
     find_spec("flashinfer") is not None, reason="FlashInfer is installed"
 )
 def test_without_flashinfer_its_signatures_are_not_missed() -> None:
-    assert not any("flashinfer" in problem for problem in upstream.drift())
+    assert not any("flashinfer" in problem for problem in seams.drift())
 
 
 def test_a_changed_signature_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_a_changed_signature_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     changed = SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=Other, __spec__=1)
     monkeypatch.setitem(sys.modules, "flashinfer", changed)  # type: ignore[arg-type]
-    (problem,) = upstream.drift()
+    (problem,) = seams.drift()
     assert "BatchPrefillWithPagedKVCacheWrapper.plan takes" in problem
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from vllm_specplugin.vllm.runner_v2 import TreeRunnerV2
-from vllm_specplugin.vllm.tree_attention import device
+from vllm_specplugin.vllm.runner.tree_runner import TreeRunnerV2
+from vllm_specplugin.vllm.tree_attention import gpu
 
 NEVER, UNIFORM, PARENT = (SimpleNamespace(value=v) for v in (0, 1, 3))
 
@@ -17,7 +17,7 @@ NEVER, UNIFORM, PARENT = (SimpleNamespace(value=v) for v in (0, 1, 3))
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
     yield
-    device.forbid_graphs()
+    gpu.forbid_graphs()
 
 
 class Parent:
@@ -26,8 +26,8 @@ class Parent:
     seen: Any = None
 
     def initialize_kv_cache(self, kv_cache_config: Any) -> None:
-        self.seen = device.graph_support(PARENT, UNIFORM, NEVER)
-        self.plan = device.captured_plan(["a", "b"], 5)
+        self.seen = gpu.graph_support(PARENT, UNIFORM, NEVER)
+        self.plan = gpu.captured_plan(["a", "b"], 5)
 
 
 class Runner(TreeRunnerV2, Parent):
@@ -54,22 +54,22 @@ def started(runner: Runner) -> Runner:
 
 def test_no_graph_holds_attention_by_default() -> None:
     assert started(Runner(False)).seen is NEVER
-    assert device.captured_plan(["a"], 5) is None
+    assert gpu.captured_plan(["a"], 5) is None
 
 
 def test_graphs_hold_our_kernel_over_the_engines_trees() -> None:
     one = started(Runner(True))
     assert one.seen is UNIFORM
     assert one.plan.trees is one.device_trees
-    assert device.captured_plan(["a", "draft"], 5) is None
+    assert gpu.captured_plan(["a", "draft"], 5) is None
 
 
 def test_graphs_hold_vllms_kernel_where_only_chains_are_verified() -> None:
     one = Runner(True)
     one.reason = "a reason"
     started(one)
-    assert device.graph_support(PARENT, UNIFORM, NEVER) is PARENT
-    assert device.captured_plan(["a", "b"], 5) is None
+    assert gpu.graph_support(PARENT, UNIFORM, NEVER) is PARENT
+    assert gpu.captured_plan(["a", "b"], 5) is None
 
 
 def test_one_engine_does_not_decide_for_the_next() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_specplugin import UnsupportedError
-from vllm_specplugin.vllm.features import one_rank_only, target_rows
+from vllm_specplugin.vllm.runner.target_rows import one_rank_only, target_rows
 
 
 def runner() -> SimpleNamespace:

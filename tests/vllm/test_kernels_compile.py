@@ -18,15 +18,15 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_specplugin import _noise_triton, noise
-from vllm_specplugin.vllm.kv_rows_kernel import move_rows
-from vllm_specplugin.vllm.tree_attention import kernels
-from vllm_specplugin.vllm.tree_attention.triton import Device, choose_launch
+from vllm_specplugin.noise import _gumbel_triton, gumbel
+from vllm_specplugin.vllm.kv_cache._rows_triton import move_rows
+from vllm_specplugin.vllm.tree_attention import _attend_triton
+from vllm_specplugin.vllm.tree_attention.gpu_kernel import Device, choose_launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DUMP = TOOLS / "cuobjdump"
 pytestmark = pytest.mark.skipif(
-    not DUMP.exists() or not isinstance(kernels.attend, triton.JITFunction),
+    not DUMP.exists() or not isinstance(_attend_triton.attend, triton.JITFunction),
     reason="this Triton cannot compile for NVIDIA GPUs",
 )
 
@@ -162,7 +162,7 @@ def test_attention(
     types = {"query": f"*{NAMES[query]}", "out": f"*{NAMES[out]}", "scale": "fp32"}
     types |= dict.fromkeys(("keys", "values"), f"*{NAMES[cache]}")
     made, stack = compiled(
-        kernels.attend,
+        _attend_triton.attend,
         capability,
         constants,
         types,
@@ -183,7 +183,9 @@ def test_merging_of_shares() -> None:
         "MOST_SPLITS": 32,
         "ALL_ROWS": True,
     }
-    _, stack = compiled(kernels.combine, 90, constants, {"out": "*bf16"}, num_warps=4)
+    _, stack = compiled(
+        _attend_triton.combine, 90, constants, {"out": "*bf16"}, num_warps=4
+    )
     assert stack == 0
 
 
@@ -205,8 +207,8 @@ def test_moving_of_rows(word: Any) -> None:
 
 @pytest.mark.parametrize("capability", DEVICES)
 def test_noise(capability: int) -> None:
-    constants = {"ROUNDS": noise.ROUNDS, "BLOCK": _noise_triton._BLOCK}
+    constants = {"ROUNDS": gumbel.ROUNDS, "BLOCK": _gumbel_triton._BLOCK}
     types = {"keys": "*i64", "out": "*fp32"}
-    kernel = _noise_triton.uniform_kernel
+    kernel = _gumbel_triton.uniform_kernel
     _, stack = compiled(kernel, capability, constants, types, num_warps=4)
     assert stack == 0

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from vllm_specplugin.engines import EngineError
+from vllm_specplugin.tools.engine_client import EngineError
 
 from .conftest import TARGET, Engine, start
 

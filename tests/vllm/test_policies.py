@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from vllm_specplugin import POLICIES
-from vllm_specplugin.replay import load_recording, replay
-from vllm_specplugin.trace import read_trace
+from vllm_specplugin.step.trace import read_trace
+from vllm_specplugin.tools.replay.replay import load_recording, replay
 
 from .conftest import Engine
 

@@ -9,10 +9,14 @@ import torch
 
 from vllm_specplugin import UnsupportedError
 from vllm_specplugin.config import SpecConfig
-from vllm_specplugin.vllm.device_side import DeviceSide
-from vllm_specplugin.vllm.refusals import check_first, check_head, check_second
-from vllm_specplugin.vllm.runner_v2 import TreeRunnerV2, reads_drafts
-from vllm_specplugin.vllm.why_chains import why_chains
+from vllm_specplugin.vllm.runner.async_step import DeviceSide
+from vllm_specplugin.vllm.runner.startup_checks import (
+    check_first,
+    check_head,
+    check_second,
+)
+from vllm_specplugin.vllm.runner.tree_runner import TreeRunnerV2, reads_drafts
+from vllm_specplugin.vllm.runner.tree_support import why_chains
 from vllm_specplugin.vllm.worker import describe
 
 
@@ -124,7 +128,7 @@ def test_flashinfer_wants_synchronous_scheduling():
 @pytest.mark.parametrize("kernel", ["auto", "flashinfer"])
 def test_flashinfer_is_used_where_it_is_asked_for(kernel, monkeypatch):
     asked = []
-    module = "vllm_specplugin.vllm.why_chains"
+    module = "vllm_specplugin.vllm.runner.tree_support"
     monkeypatch.setattr(f"{module}.prepare_layers", lambda layers: None)
     monkeypatch.setattr(f"{module}.use_flashinfer", asked.append)
     layer = SimpleNamespace(impl=object())

@@ -10,7 +10,7 @@ import vllm.triton_utils
 
 from vllm_specplugin import ConfigError, speculate
 from vllm_specplugin.config import CONFIG_KEY
-from vllm_specplugin.vllm.args import DRAFTER
+from vllm_specplugin.vllm.frontend.args import DRAFTER
 
 VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 
@@ -130,7 +130,7 @@ def test_the_first_runner_is_kept_where_vllm_keeps_it(
 
 
 def test_asynchronous_scheduling_cannot_be_forced():
-    from vllm_specplugin.vllm.args import engine_arguments
+    from vllm_specplugin.vllm.frontend.args import engine_arguments
 
     with pytest.raises(ConfigError, match="asynchronous scheduling, but pro") as error:
         engine_arguments(
@@ -145,7 +145,7 @@ def test_asynchronous_scheduling_cannot_be_forced():
 
 
 def test_synchronous_scheduling_can_be_asked_for():
-    from vllm_specplugin.vllm.args import engine_arguments
+    from vllm_specplugin.vllm.frontend.args import engine_arguments
 
     made = engine_arguments(
         proposer="token_recycling",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vllm_specplugin import SCORERS
-from vllm_specplugin.engines import EngineError
+from vllm_specplugin.tools.engine_client import EngineError
 
 from ..laws import chi_squared
 from .conftest import TARGET, Engine

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from vllm_specplugin import __version__
-from vllm_specplugin.vllm.endpoint import StatusEndpoint
+from vllm_specplugin.vllm.frontend.status_endpoint import StatusEndpoint
 
 from .conftest import TARGET
 from .serving import Server, complete, get, samples

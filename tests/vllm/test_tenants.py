@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_specplugin.config import CONFIG_KEY, SpecConfig
-from vllm_specplugin.vllm import tenants
-from vllm_specplugin.vllm.admission import scoped
+from vllm_specplugin.vllm.frontend import tenants
+from vllm_specplugin.vllm.frontend.admission import scoped
 
 
 def engine(**settings):

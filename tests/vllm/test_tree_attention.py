@@ -10,8 +10,8 @@ import pytest
 import torch
 from numba.core.dispatcher import Dispatcher
 
-from vllm_specplugin.draft import EMPTY_TREE, DraftTree
-from vllm_specplugin.vllm import warm_up
+from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
+from vllm_specplugin.vllm.runner import warm_up
 from vllm_specplugin.vllm.tree_attention import cpu, reference
 from vllm_specplugin.vllm.tree_attention.backend import PLAN_ATTRIBUTE, TreeImpl
 from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan, plan_tree_rows
@@ -265,22 +265,25 @@ def test_a_query_that_is_nan_gives_nan():
 def test_compiled_code_is_found_again_by_other_processes():
     """Variables of a function around it are part of a cached function's key, and
     functions among them are new to every process."""
-    from vllm_specplugin.vllm.tree_attention import cpu_kernel
+    from vllm_specplugin.vllm.tree_attention import _cpu_numba
 
-    assert isinstance(cpu_kernel.attend, Dispatcher)
-    assert cpu_kernel.attend.py_func.__closure__ is None
+    assert isinstance(_cpu_numba.attend, Dispatcher)
+    assert _cpu_numba.attend.py_func.__closure__ is None
 
 
 @pytest.mark.parametrize("dtype", cpu.SUPPORTED_DTYPES)
 def test_nothing_is_left_to_compile_in_a_step(dtype):
-    from vllm_specplugin.vllm.tree_attention import cpu_kernel, cpu_threads
+    from vllm_specplugin.vllm.tree_attention import (
+        _cpu_numba,
+        cpu_threads,
+    )
 
     with patch.object(cpu, "threads", lambda: 3):
         cpu.compile_for(dtype)
-    ways, parts = list(cpu_kernel.attend.signatures), cpu_threads._part_for.cache_info()
+    ways, parts = list(_cpu_numba.attend.signatures), cpu_threads._part_for.cache_info()
     assert ways
     compiled(*siblings(33, 5, 2, 2, 32, 80, dtype))
-    assert cpu_kernel.attend.signatures == ways
+    assert _cpu_numba.attend.signatures == ways
     assert cpu_threads._part_for.cache_info().currsize == parts.currsize
 
 

@@ -32,8 +32,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_specplugin.environment import cache_dir
 from vllm_specplugin.errors import SpecPluginError, UnsupportedError, complain
+from vllm_specplugin.utils.env import cache_dir
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vllm_specplugin.environment import models_dir
 from vllm_specplugin.errors import ConfigError, complain
+from vllm_specplugin.utils.env import models_dir
 
 __all__ = ["model_path"]
 

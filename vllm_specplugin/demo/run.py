@@ -1,6 +1,6 @@
 """``specplugin demo``: is it faster here, and is the text the same?
 
-The A/B harness (``vllm_specplugin.ab``) on the embedded model, inflated so that a
+The A/B harness (``vllm_specplugin.tools.ab``) on the embedded model, inflated so that a
 step costs what one of a real model's size costs, and on code that the model was not
 trained on.
 """
@@ -13,14 +13,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_specplugin.ab.measure import Plan, measure
-from vllm_specplugin.ab.prompts import load_prompts
-from vllm_specplugin.ab.records import Cell, Record
-from vllm_specplugin.ab.report import build_report
-from vllm_specplugin.ab.variants import parse_variants
-from vllm_specplugin.ab.words import interval_words, same_text
 from vllm_specplugin.demo.inflate import inflated_model
 from vllm_specplugin.demo.models import model_path
+from vllm_specplugin.tools.ab.measure import Plan, measure
+from vllm_specplugin.tools.ab.phrases import interval_words, same_text
+from vllm_specplugin.tools.ab.prompts import load_prompts
+from vllm_specplugin.tools.ab.records import Cell, Record
+from vllm_specplugin.tools.ab.report import build_report
+from vllm_specplugin.tools.ab.variants import parse_variants
 
 __all__ = ["VARIANTS", "demo", "table"]
 

@@ -17,8 +17,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_specplugin.demo.prompts import held_out_prompts
 from vllm_specplugin.errors import ConfigError, complain
+from vllm_specplugin.tools.held_out_prompts import held_out_prompts
 
 __all__ = ["WORKLOADS", "Workload", "workload"]
 

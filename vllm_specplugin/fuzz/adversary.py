@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.draft import EMPTY_TREE, DraftTree
-from vllm_specplugin.interfaces import EngineInfo, ProposeContext, RequestView
+from vllm_specplugin.api.roles import EngineInfo, ProposeContext, RequestView
+from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
 __all__ = [
     "DEVICE_PATH",

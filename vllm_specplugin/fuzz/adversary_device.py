@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_specplugin.draft import DraftTree
 from vllm_specplugin.fuzz.adversary import random_parents
+from vllm_specplugin.trees.tree import DraftTree
 
 if TYPE_CHECKING:
     import torch
 
-    from vllm_specplugin.device_interfaces import DeviceContext
+    from vllm_specplugin.api.device_proposer import DeviceContext
 
 __all__ = ["DEVICE_MODES", "OnDevice", "use"]
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from vllm_specplugin.engines import EngineError, EngineProcess
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.fuzz.adversary import DEVICE_PATH, PATH
 from vllm_specplugin.fuzz.compare import compare, compare_texts
 from vllm_specplugin.fuzz.generate import PLUGIN
 from vllm_specplugin.fuzz.models import make_adapters, make_model
 from vllm_specplugin.fuzz.workload import Case, Frame, Workload, plain
+from vllm_specplugin.tools.engine_client import EngineError, EngineProcess
 
 __all__ = ["Engine", "Session", "Start", "Verdict", "start_engine"]
 

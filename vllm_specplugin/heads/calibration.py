@@ -1,7 +1,7 @@
 """How good heads are on the user's prompts, measured.
 
 The target answers the prompts, greedily and at temperature 1 with keyed noise
-(:mod:`vllm_specplugin.noise`). For each answered token, each head's candidates for
+(:mod:`vllm_specplugin.noise.gumbel`). For each answered token, each head's candidates for
 it are ranked as the proposer ``medusa`` would have ranked them, which gives
 
 - the *accuracies* ``a[k][r]``: how often the token stood at rank ``r`` of head
@@ -26,7 +26,7 @@ from torch import Tensor
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.heads.medusa import CALIBRATION, MedusaHeads, read_json
 from vllm_specplugin.heads.target import Target
-from vllm_specplugin.noise import gumbel_rows
+from vllm_specplugin.noise.gumbel import gumbel_rows
 
 __all__ = ["HeadCalibration", "calibrate_heads"]
 

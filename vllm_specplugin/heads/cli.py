@@ -124,7 +124,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     from vllm_specplugin.heads.calibration import calibrate_heads
     from vllm_specplugin.heads.medusa import CALIBRATION, find_heads, load_heads
     from vllm_specplugin.heads.target import load_target
-    from vllm_specplugin.prompt_files import read_prompts
+    from vllm_specplugin.tools.prompt_files import read_prompts
 
     texts = read_prompts(args.prompts)
     folder = find_heads(args.heads)

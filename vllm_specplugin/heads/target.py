@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vllm_specplugin.errors import ConfigError, UnsupportedError, complain
-from vllm_specplugin.prompt_files import PromptFileError, read_prompts
+from vllm_specplugin.tools.prompt_files import PromptFileError, read_prompts
 
 __all__ = ["Target", "load_target", "read_tokens"]
 

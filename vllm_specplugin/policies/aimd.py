@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.config import option
-from vllm_specplugin.interfaces import (
+from vllm_specplugin.api.roles import (
     BudgetContext,
     EngineInfo,
     StepOutcome,
     TrimContext,
 )
+from vllm_specplugin.config import option
 
 __all__ = ["AimdPolicy"]
 

@@ -6,8 +6,8 @@ For the whole batch the nodes are chosen that maximise
         = (requests + sum of survival) / T(requests, nodes, context)
 
 where survival is the proposers' estimate corrected by what happened
-(:mod:`vllm_specplugin.calibration`) and T is learnt from the engine's own steps
-(:mod:`vllm_specplugin.steptime`). At small batch a further row costs little and
+(:mod:`vllm_specplugin.step.calibration`) and T is learnt from the engine's own steps
+(:mod:`vllm_specplugin.step.cost_model`). At small batch a further row costs little and
 trees grow; under load it costs its full share and they shrink to nothing, and
 then the proposer itself is called ever more rarely.
 
@@ -28,21 +28,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.config import option
-from vllm_specplugin.environment import cache_dir
-from vllm_specplugin.interfaces import (
+from vllm_specplugin.api.roles import (
     BudgetContext,
     EngineInfo,
     StepOutcome,
     TrimContext,
 )
+from vllm_specplugin.config import option
 from vllm_specplugin.policies._backoff import Backoff
 from vllm_specplugin.policies._selection import (
     best_nodes,
     causal_nodes,
     likeliest_per_tree,
 )
-from vllm_specplugin.steptime import StepShape, StepTimeModel
+from vllm_specplugin.step.cost_model import StepShape, StepTimeModel
+from vllm_specplugin.utils.env import cache_dir
 
 __all__ = ["GoodputPolicy"]
 

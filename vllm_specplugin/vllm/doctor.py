@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 
 from vllm_specplugin.errors import SpecPluginError
-from vllm_specplugin.vllm.upstream import (
+from vllm_specplugin.vllm.compat.seams import (
     SEAMS,
     SUPPORTED,
     check_version,
@@ -92,7 +92,7 @@ def _platform() -> Iterator[Finding]:
 
 
 def _runner() -> Iterator[Finding]:
-    from vllm_specplugin.vllm.runner_choice import second_runner_offered
+    from vllm_specplugin.vllm.frontend.runner_choice import second_runner_offered
 
     second = second_runner_offered()
     yield Finding(
@@ -117,7 +117,7 @@ def _seams() -> Iterator[Finding]:
 def _tree_attention() -> Iterator[Finding]:
     import torch
 
-    from vllm_specplugin.draft import DraftTree
+    from vllm_specplugin.trees.tree import DraftTree
     from vllm_specplugin.vllm.tree_attention import cpu, reference
     from vllm_specplugin.vllm.tree_attention.plan import plan_tree_rows
 
@@ -144,7 +144,7 @@ def _tree_attention() -> Iterator[Finding]:
 def _defects() -> Iterator[Finding]:
     from vllm.platforms import current_platform
 
-    from vllm_specplugin.vllm.repair import expansion_is_broken
+    from vllm_specplugin.vllm.compat.cpu_sampling_fix import expansion_is_broken
 
     if current_platform.is_cpu() and expansion_is_broken():
         yield Finding(

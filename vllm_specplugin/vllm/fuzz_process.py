@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_specplugin.vllm import engine_process
 from vllm_specplugin.vllm.fuzz_watch import Watch, leaks
+from vllm_specplugin.vllm.processes import engine
 
 __all__ = ["COMMANDS", "play"]
 
@@ -212,7 +212,7 @@ class _Played:
             "first": values.get("seed"),
             "truth": self._truth and self._truth[number]["tokens"],
         }
-        return engine_process.sampling_params(**{**values, "extra_args": extra})
+        return engine.sampling_params(**{**values, "extra_args": extra})
 
     def _adapter(self, number: int) -> Any:
         if not number or not self._adapters:
@@ -238,15 +238,15 @@ def preemptions(llm: Any, _: dict[str, Any]) -> int:
     return counts["vllm:num_preemptions"]
 
 
-COMMANDS = {**engine_process.COMMANDS, "play": play, "preemptions": preemptions}
+COMMANDS = {**engine.COMMANDS, "play": play, "preemptions": preemptions}
 
 
-def main(commands: Mapping[str, engine_process.Command] = COMMANDS) -> None:
+def main(commands: Mapping[str, engine.Command] = COMMANDS) -> None:
     """Entry point of the process."""
     from vllm_specplugin.vllm.fuzz_watch import quicken_interpreter
 
     quicken_interpreter()
-    engine_process.main(commands)
+    engine.main(commands)
 
 
 if __name__ == "__main__":

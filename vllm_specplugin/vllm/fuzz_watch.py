@@ -99,7 +99,7 @@ def _strings(value: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
 def quicken_interpreter() -> None:
     """Where Triton's kernels are interpreted, vLLM's for top-k and top-p takes
     seconds a step: its own plain statement of it in torch stands in."""
-    from vllm_specplugin.environment import kernels_are_interpreted
+    from vllm_specplugin.utils.env import kernels_are_interpreted
 
     if not kernels_are_interpreted():
         return

@@ -28,7 +28,7 @@ def register() -> None:
 
     @functools.wraps(add_cli_args)
     def with_flags(parser: Any) -> Any:
-        from vllm_specplugin.vllm.args import add_flags
+        from vllm_specplugin.vllm.frontend.args import add_flags
 
         parser = add_cli_args(parser)
         add_flags(parser)
@@ -36,8 +36,8 @@ def register() -> None:
 
     @functools.wraps(from_cli_args)
     def read_flags(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
-        from vllm_specplugin.vllm.args import apply_flags
-        from vllm_specplugin.vllm.tenants import add_middleware
+        from vllm_specplugin.vllm.frontend.args import apply_flags
+        from vllm_specplugin.vllm.frontend.tenants import add_middleware
 
         apply_flags(args)
         add_middleware(args)
@@ -50,9 +50,11 @@ def register() -> None:
         from vllm_specplugin.config import CONFIG_KEY
 
         if CONFIG_KEY in (self.additional_config or {}):
-            from vllm_specplugin.vllm.admission import check_requests_from_now_on
-            from vllm_specplugin.vllm.args import check_worker
-            from vllm_specplugin.vllm.front_end import show_statistics
+            from vllm_specplugin.vllm.frontend.admission import (
+                check_requests_from_now_on,
+            )
+            from vllm_specplugin.vllm.frontend.args import check_worker
+            from vllm_specplugin.vllm.frontend.response_stats import show_statistics
 
             check_worker(self.worker_cls)
             check_requests_from_now_on()
@@ -68,10 +70,13 @@ def register() -> None:
 def _mend_if_measuring() -> None:
     """A server measured beside the plugin must not sample from uninitialised
     memory; see ``vllm.repair``."""
-    from vllm_specplugin.environment import mending_wanted
+    from vllm_specplugin.utils.env import mending_wanted
 
     if mending_wanted():
-        from vllm_specplugin.vllm.repair import expansion_is_broken, mend_expansion
+        from vllm_specplugin.vllm.compat.cpu_sampling_fix import (
+            expansion_is_broken,
+            mend_expansion,
+        )
 
         if expansion_is_broken():
             mend_expansion()

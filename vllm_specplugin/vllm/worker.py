@@ -14,10 +14,14 @@ from typing import Any
 from vllm_specplugin import __version__
 from vllm_specplugin.config import CONFIG_KEY, SpecConfig
 from vllm_specplugin.errors import ConfigError, UnsupportedError, complain
-from vllm_specplugin.vllm.log import log_as_vllm_does
-from vllm_specplugin.vllm.refusals import check_first, check_head, check_second
-from vllm_specplugin.vllm.upstream import check_version, installed_version
-from vllm_specplugin.vllm.warm_up import warm_up
+from vllm_specplugin.vllm.compat.log_setup import log_as_vllm_does
+from vllm_specplugin.vllm.compat.seams import check_version, installed_version
+from vllm_specplugin.vllm.runner.startup_checks import (
+    check_first,
+    check_head,
+    check_second,
+)
+from vllm_specplugin.vllm.runner.warm_up import warm_up
 
 __all__ = ["SpecWorkerMixin", "adopt"]
 
@@ -91,7 +95,7 @@ class SpecWorkerMixin:
                 :class:`~vllm_specplugin.config.SpecConfig`; ``max_nodes`` may
                 only shrink below what the engine was started with.
         """
-        from vllm_specplugin.vllm.state import SpecState
+        from vllm_specplugin.vllm.runner.state import SpecState
 
         runner = self.model_runner  # type: ignore[attr-defined]
         old = runner.spec
@@ -114,7 +118,7 @@ def adopt(runner: Any, config: SpecConfig) -> None:
     """
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as First
 
-    from vllm_specplugin.vllm.state import SpecState
+    from vllm_specplugin.vllm.runner.state import SpecState
 
     if runner.is_pooling_model or runner.model_config.is_encoder_decoder:
         raise UnsupportedError(
@@ -128,12 +132,12 @@ def adopt(runner: Any, config: SpecConfig) -> None:
     ours: type
     if isinstance(runner, First):
         check_first(runner, config)
-        from vllm_specplugin.vllm.runner_v1 import TreeRunnerV1
+        from vllm_specplugin.vllm.runner_v1.tree_runner import TreeRunnerV1
 
         ours = TreeRunnerV1
     else:
         check_second(runner, config)
-        from vllm_specplugin.vllm.runner_v2 import TreeRunnerV2
+        from vllm_specplugin.vllm.runner.tree_runner import TreeRunnerV2
 
         ours = TreeRunnerV2
     base: Any = type(runner)

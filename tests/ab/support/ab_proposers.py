@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from vllm_specplugin.draft import EMPTY_TREE, DraftTree
-from vllm_specplugin.interfaces import EngineInfo, ProposeContext
+from vllm_specplugin.api.roles import EngineInfo, ProposeContext
+from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
 
 class Dies:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_specplugin.draft import DraftTree
-from vllm_specplugin.vllm.tree_attention import backend, device
-from vllm_specplugin.vllm.tree_attention import device_reference as reference
+from vllm_specplugin.trees.tree import DraftTree
+from vllm_specplugin.vllm.tree_attention import backend, gpu
+from vllm_specplugin.vllm.tree_attention import gpu_reference as reference
 from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan, plan_tree_rows
 
 from ..paged import UNTOUCHED, Call, Case
@@ -29,7 +29,7 @@ class Plain:
 
     def forward(self, layer, query, key, value, kv_cache, metadata, output, *_: Any):
         self.calls += 1
-        keys, values = device.key_value_views(self, kv_cache)
+        keys, values = gpu.key_value_views(self, kv_cache)
         reference.tree_attention(
             query,
             keys,
@@ -47,7 +47,7 @@ class Plain:
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slots) -> None:
         size = kv_cache.shape[2]
-        for part, view in zip((key, value), device.key_value_views(self, kv_cache)):
+        for part, view in zip((key, value), gpu.key_value_views(self, kv_cache)):
             view[slots // size, slots % size] = part
 
 

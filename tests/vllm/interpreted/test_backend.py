@@ -11,9 +11,10 @@ import pytest
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from vllm_specplugin.draft import DraftTree
 from vllm_specplugin.errors import UnsupportedError
-from vllm_specplugin.vllm.tree_attention import backend, device
+from vllm_specplugin.trees.tree import DraftTree
+from vllm_specplugin.vllm.tree_attention import backend
+from vllm_specplugin.vllm.tree_attention import gpu as device
 from vllm_specplugin.vllm.tree_attention.plan import (
     DraftRows,
     TreeAttentionPlan,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_specplugin.vllm.kv_rows import KVRows, compact, compact_reference
+from vllm_specplugin.vllm.kv_cache.rows import KVRows, compact, compact_reference
 
 from ..paged import random_parents
 

@@ -10,9 +10,13 @@ import pytest
 import torch
 from vllm.triton_utils import HAS_TRITON
 
-from vllm_specplugin.layout import Move
-from vllm_specplugin.vllm import cache_layout, kv_compaction
-from vllm_specplugin.vllm.tree_attention import backend, device
+from vllm_specplugin.trees.step_layout import Move
+from vllm_specplugin.vllm.kv_cache import (
+    compaction,
+    layout_probe,
+)
+from vllm_specplugin.vllm.tree_attention import backend
+from vllm_specplugin.vllm.tree_attention import gpu as device
 from vllm_specplugin.vllm.tree_attention.reference import read_split_blocks
 
 from ..paged import UNTOUCHED, Case, by_path, random_call
@@ -46,7 +50,7 @@ def test_accepted_rows_are_moved_in_all_layers_of_the_target() -> None:
         input_batch=SimpleNamespace(block_table=[table]),
     )
     moves = [Move(0, [3, 5, 6], [2, 3, 4]), Move(1, [12], [10])]
-    assert kv_compaction.compact(runner, plan_of(call), moves) == 4
+    assert compaction.compact(runner, plan_of(call), moves) == 4
     for name in ("one", "two"):
         for source, target in ((35, 34), (37, 35), (38, 36), (44, 42)):
             assert torch.equal(
@@ -54,10 +58,10 @@ def test_accepted_rows_are_moved_in_all_layers_of_the_target() -> None:
                 before[source // 16, :, source % 16],
             )
     assert torch.equal(caches["draft"], before)
-    assert kv_compaction.compact(runner, plan_of(call), []) == 0
+    assert compaction.compact(runner, plan_of(call), []) == 0
     layers["two"].impl.device_kernel = False
     runner.kv_cache_config = SimpleNamespace(**vars(runner.kv_cache_config))
-    assert kv_compaction.device_rows(runner) is None
+    assert compaction.device_rows(runner) is None
 
 
 # --------------------------------------------------------- what is understood
@@ -77,7 +81,7 @@ def attention_layer(impl: Any, width: int = 128) -> SimpleNamespace:
 def test_the_kernel_is_used_where_it_gives_back_what_is_stored() -> None:
     layer = Layer()
     layer.device_kernel = False
-    assert cache_layout.prepare_layers({"x": attention_layer(layer)}) is None
+    assert layout_probe.prepare_layers({"x": attention_layer(layer)}) is None
     assert layer.device_kernel
     assert layer.read_blocks is read_split_blocks
 
@@ -86,7 +90,7 @@ def test_the_kernel_is_used_where_it_gives_back_what_is_stored() -> None:
             super().do_kv_cache_update(layer, value, key, kv_cache, slots)
 
     other = Reversed()
-    assert cache_layout.prepare_layers({"x": attention_layer(other)}) is None
+    assert layout_probe.prepare_layers({"x": attention_layer(other)}) is None
     assert not other.device_kernel  # a reader was found by observation
     assert other.read_blocks is not None
 
@@ -109,12 +113,12 @@ def test_fp8_caches_are_for_the_kernel_only(scale: float, monkeypatch: Any) -> N
     one = attention_layer(Scaled())
     one.kv_cache = one.kv_cache.to(torch.uint8)
     one._k_scale = one._v_scale = torch.tensor(scale)
-    assert cache_layout.prepare_layers({"x": one}) is None
+    assert layout_probe.prepare_layers({"x": one}) is None
     assert one.impl.device_kernel
     one._v_scale = torch.tensor(3 * scale)
-    assert "quantised" in (cache_layout.prepare_layers({"x": one}) or "")
+    assert "quantised" in (layout_probe.prepare_layers({"x": one}) or "")
     one.impl.kv_cache_dtype = "int8_per_token_head"
-    assert "quantised" in (cache_layout.prepare_layers({"x": one}) or "")
+    assert "quantised" in (layout_probe.prepare_layers({"x": one}) or "")
 
 
 # ------------------------------------------------------ vLLM's Triton backend
@@ -131,7 +135,7 @@ def test_vllms_triton_backend_with_trees(case: Case, monkeypatch: Any) -> None:
     kind = backend.Tree_TRITON_ATTN.get_impl_cls()  # type: ignore[attr-defined]
     impl = kind(4, 64, call.scale, 2, None, None, "auto")
     layer = attention_layer(impl)
-    assert cache_layout.prepare_layers({"x": layer}) is None
+    assert layout_probe.prepare_layers({"x": layer}) is None
     assert impl.device_kernel
     empty = torch.empty(0)
     metadata = TritonAttentionMetadata(

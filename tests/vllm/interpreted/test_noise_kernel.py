@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_specplugin import _noise_triton, noise
+from vllm_specplugin.noise import _gumbel_triton, gumbel
 
 CPU = torch.device("cpu")
 SEEDS = np.array([0, 2**64 - 1, 7, 2**63 + 5, 2**32], dtype=np.uint64)
@@ -15,12 +15,12 @@ POSITIONS = np.array([0, 2**31, 2**33 + 1, 2**32 - 1, 9])
 
 def uniform(vocab: int) -> torch.Tensor:
     keys = np.stack([SEEDS.view(np.int64), POSITIONS])
-    return _noise_triton.uniform_rows(torch.from_numpy(keys), vocab)
+    return _gumbel_triton.uniform_rows(torch.from_numpy(keys), vocab)
 
 
 @pytest.mark.parametrize("vocab", [1, 3, 4, 1023, 1024, 1025, 4099])
 def test_bits_are_those_of_tensor_arithmetic(vocab: int) -> None:
-    expected = noise._tensor_uniform(SEEDS, POSITIONS, vocab, CPU)
+    expected = gumbel._tensor_uniform(SEEDS, POSITIONS, vocab, CPU)
     assert torch.equal(uniform(vocab), expected)
 
 
@@ -33,12 +33,12 @@ def test_noise_of_a_gpu_would_be_that_of_a_cpu(
         type = "cuda"
 
     monkeypatch.setattr(torch.Tensor, "to", lambda self, _: self)
-    got = noise.gumbel_rows(SEEDS, POSITIONS, 300, Device())  # type: ignore[arg-type]
-    assert torch.equal(got, noise.gumbel_rows(SEEDS, POSITIONS, 300, CPU))
+    got = gumbel.gumbel_rows(SEEDS, POSITIONS, 300, Device())  # type: ignore[arg-type]
+    assert torch.equal(got, gumbel.gumbel_rows(SEEDS, POSITIONS, 300, CPU))
 
 
 def test_no_rows_are_no_launch() -> None:
-    assert _noise_triton.uniform_rows(
+    assert _gumbel_triton.uniform_rows(
         torch.zeros(2, 0, dtype=torch.int64), 5
     ).shape == (
         0,

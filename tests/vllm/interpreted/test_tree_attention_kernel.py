@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_specplugin.vllm.tree_attention import device_reference as reference
-from vllm_specplugin.vllm.tree_attention import kernels
-from vllm_specplugin.vllm.tree_attention import triton as device
+from vllm_specplugin.vllm.tree_attention import _attend_triton
+from vllm_specplugin.vllm.tree_attention import gpu_kernel as device
+from vllm_specplugin.vllm.tree_attention import gpu_reference as reference
 
 from ..paged import PAIR, SHAPES, UNTOUCHED, Call, Case, random_call
 
@@ -248,7 +248,7 @@ def first_word_only(masks, m_row, node, limit, position, prefix, num_nodes):
 def test_a_wrong_mask_is_noticed(
     monkeypatch: pytest.MonkeyPatch, bug: Any, case: Case
 ) -> None:
-    monkeypatch.setattr(kernels, "_visible", bug)
+    monkeypatch.setattr(_attend_triton, "_visible", bug)
     assert difference(random_call(case), all_rows=True, launch=SMALL) > 0.05
 
 
@@ -262,5 +262,5 @@ def overlapping(split, length, splits, BLOCK_N: tl.constexpr):
 def test_a_wrong_share_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     call = random_call(replace(PAIR, contexts=(70, 90)))
     assert difference(call, launch=SHARED) <= 3e-6
-    monkeypatch.setattr(kernels, "_share", overlapping)
+    monkeypatch.setattr(_attend_triton, "_share", overlapping)
     assert difference(call, launch=SHARED) > 1e-3

@@ -8,8 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_specplugin.vllm import kv_rows, kv_rows_kernel, warm_up
-from vllm_specplugin.vllm.tree_attention import kernels, triton
+from vllm_specplugin.vllm.kv_cache import (
+    _rows_triton,
+    rows,
+)
+from vllm_specplugin.vllm.runner import warm_up
+from vllm_specplugin.vllm.tree_attention import (
+    _attend_triton,
+    gpu_kernel,
+)
 
 from ..paged import Case, random_call
 from .layers import Layer, cache_of
@@ -35,13 +42,13 @@ class Recorder:
 @pytest.fixture
 def recorders(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
     made = {
-        "attend": Recorder(kernels.attend),
-        "combine": Recorder(kernels.combine),
-        "move": Recorder(kv_rows_kernel.move_rows),
+        "attend": Recorder(_attend_triton.attend),
+        "combine": Recorder(_attend_triton.combine),
+        "move": Recorder(_rows_triton.move_rows),
     }
-    monkeypatch.setattr(kernels, "attend", made["attend"])
-    monkeypatch.setattr(kernels, "combine", made["combine"])
-    monkeypatch.setattr(kv_rows, "move_rows", made["move"])
+    monkeypatch.setattr(_attend_triton, "attend", made["attend"])
+    monkeypatch.setattr(_attend_triton, "combine", made["combine"])
+    monkeypatch.setattr(rows, "move_rows", made["move"])
     return made
 
 
@@ -89,7 +96,7 @@ def test_no_step_launches_a_kernel_in_a_new_way(
     recorders: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As many multiprocessors as make both one and several shares of the context.
-    monkeypatch.setattr(triton, "_device", lambda _: triton.Device(8))
+    monkeypatch.setattr(gpu_kernel, "_device", lambda _: gpu_kernel.Device(8))
     warm_up.warm_up(runner({"a": layer(1)}))
     warm = {name: set(recorder.launched) for name, recorder in recorders.items()}
     shares = {dict(one)["SPLIT"] for one in warm["attend"]}
@@ -105,7 +112,7 @@ def test_no_step_launches_a_kernel_in_a_new_way(
                     )
                 )
                 for all_rows in (False, True):
-                    call.run(triton.tree_attention, all_rows=all_rows)
+                    call.run(gpu_kernel.tree_attention, all_rows=all_rows)
     for name, recorder in recorders.items():
         assert recorder.launched == warm[name], name
 

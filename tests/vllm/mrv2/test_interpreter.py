@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_specplugin import noise_murmur
-from vllm_specplugin.noise import MURMUR, gumbel, scalar_gumbel
+from vllm_specplugin.noise import murmur
+from vllm_specplugin.noise.gumbel import MURMUR, gumbel, scalar_gumbel
 
 from .conftest import ENVIRONMENT, TESTS
 
@@ -63,8 +63,8 @@ def test_noise_is_vllms_bit_for_bit(theirs: dict[str, Any]) -> None:
             key = seed & (1 << 64) - 1
             words = [key & 0xFFFFFFFF, key >> 32, row]
             parts = [np.full(512, word, dtype=np.uint64) for word in words]
-            bits = noise_murmur.hash_words((*parts, tokens.astype(np.uint64)))
-            assert noise_murmur.uniform(bits).tolist() == uniforms
+            bits = murmur.hash_words((*parts, tokens.astype(np.uint64)))
+            assert murmur.uniform(bits).tolist() == uniforms
 
 
 def test_all_statements_of_the_noise_agree(theirs: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ def test_all_statements_of_the_noise_agree(theirs: dict[str, Any]) -> None:
             decisive = np.array(expected) > -1
             few = gumbel(key, row + 1, tokens, MURMUR)
             np.testing.assert_allclose(few, expected, atol=1e-6)
-            tensor = noise_murmur.gumbel_tensor(
+            tensor = murmur.gumbel_tensor(
                 torch.tensor(seed), torch.tensor(row + 1), torch.from_numpy(tokens)
             ).numpy()
             np.testing.assert_allclose(tensor[decisive], few[decisive], atol=2e-5)

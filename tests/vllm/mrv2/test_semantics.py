@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vllm_specplugin.engines import EngineError, EngineProcess
+from vllm_specplugin.tools.engine_client import EngineError, EngineProcess
 
 from .conftest import ask, texts
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from vllm_specplugin.engines import EngineProcess
+from vllm_specplugin.tools.engine_client import EngineProcess
 
 from .conftest import MAX_MODEL_LEN, ask, texts
 

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from spec_child import break_part
 
-from vllm_specplugin.drafting import Drafter
-from vllm_specplugin.layout import StepLayout
-from vllm_specplugin.vllm import fuzz_process, runner_v1
+from vllm_specplugin.step.drafting import Drafter
+from vllm_specplugin.trees.step_layout import StepLayout
+from vllm_specplugin.vllm import fuzz_process
+from vllm_specplugin.vllm.runner_v1 import tree_runner
 
 _WHOLE: list[tuple[Any, str, Any]] = []
 """What has been replaced: where, by what name, and what was there."""
@@ -49,30 +50,30 @@ def _stop() -> None:
 
 def _logprobs() -> None:
     """Logprobs are taken from the root's row."""
-    gather = runner_v1.gather_logprobs
+    gather = tree_runner.gather_logprobs
 
     def from_roots(sampler: Any, ready: Any, metadata: Any, result: Any) -> Any:
         roots = np.repeat(result.rows[:, :1], result.rows.shape[1], axis=1)
         return gather(sampler, ready, metadata, replace(result, rows=roots))
 
-    _replace(runner_v1, "gather_logprobs", from_roots)
+    _replace(tree_runner, "gather_logprobs", from_roots)
 
 
 def _deep_moves() -> None:
     """Only the first two accepted nodes are stored where they belong."""
-    compact = runner_v1.compact
+    compact = tree_runner.compact
 
     def first_two(runner: Any, plan: Any, moves: Any) -> int:
         few = [replace(m, source=m.source[:2], target=m.target[:2]) for m in moves]
         return compact(runner, plan, few)
 
-    _replace(runner_v1, "compact", first_two)
+    _replace(tree_runner, "compact", first_two)
 
 
 def _cached_rows() -> None:
     """Moved rows are wrong in the last slot of a block, which only whole blocks, the
     prefix cache's, show for long."""
-    compact = runner_v1.compact
+    compact = tree_runner.compact
 
     def not_the_last(runner: Any, plan: Any, moves: Any) -> int:
         block = runner.vllm_config.cache_config.block_size
@@ -90,7 +91,7 @@ def _cached_rows() -> None:
                 kept.append(replace(move, source=source, target=target))
         return compact(runner, plan, kept)
 
-    _replace(runner_v1, "compact", not_the_last)
+    _replace(tree_runner, "compact", not_the_last)
 
 
 def _noise() -> None:

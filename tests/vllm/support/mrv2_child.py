@@ -14,7 +14,11 @@ from spec_child import preemptions
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
 from vllm.v1.worker.gpu.sample import sampler, states
 
-from vllm_specplugin.vllm import device_side, engine_process, host_side
+from vllm_specplugin.vllm.processes import engine
+from vllm_specplugin.vllm.runner import (
+    async_step,
+    sync_step,
+)
 from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows
 
@@ -22,8 +26,8 @@ states.apply_top_k_top_p = sampler.apply_top_k_top_p = apply_top_k_top_p_pytorch
 
 _WHOLE_ROWS = DeviceTreePlan.__dict__["rows"]
 _WHOLE_PLACE = DeviceTreePlan.place
-_WHOLE_COMPACT = host_side.compact_paths
-_WHOLE_ROWS_OF = device_side.rows_of
+_WHOLE_COMPACT = sync_step.compact_paths
+_WHOLE_ROWS_OF = async_step.rows_of
 
 
 def break_part(llm: Any, request: dict[str, Any]) -> None:
@@ -32,8 +36,8 @@ def break_part(llm: Any, request: dict[str, Any]) -> None:
     DeviceTreePlan.rows = property(_no_rows) if part == "mask" else _WHOLE_ROWS
     DeviceTreePlan.place = _stay if part == "positions" else _WHOLE_PLACE
     compact = _move_nothing if part == "compaction" else _WHOLE_COMPACT
-    host_side.compact_paths = device_side.compact_paths = compact
-    device_side.rows_of = _first_rows if part == "hidden" else _WHOLE_ROWS_OF
+    sync_step.compact_paths = async_step.compact_paths = compact
+    async_step.rows_of = _first_rows if part == "hidden" else _WHOLE_ROWS_OF
 
 
 def _no_rows(plan: DeviceTreePlan) -> TreeRows:
@@ -95,9 +99,9 @@ drawing: dict[str, Any] = {}
 
 
 if __name__ == "__main__":
-    engine_process.main(
+    engine.main(
         {
-            **engine_process.COMMANDS,
+            **engine.COMMANDS,
             "break": break_part,
             "cached": cached,
             "device": spec_devices.use,

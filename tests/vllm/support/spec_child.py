@@ -11,54 +11,54 @@ import spec_logits
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
 
-from vllm_specplugin.layout import StepLayout
-from vllm_specplugin.vllm import (
-    draft_head,
-    draft_lm,
-    engine_process,
-    runner_v1,
-    state,
+from vllm_specplugin.trees.step_layout import StepLayout
+from vllm_specplugin.vllm.processes import engine
+from vllm_specplugin.vllm.runner import state
+from vllm_specplugin.vllm.runner_v1 import (
+    paged_head,
+    paged_model,
+    tree_runner,
 )
 from vllm_specplugin.vllm.tree_attention import plan
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows
 
 _WHOLE = {
-    "mask": runner_v1.plan_tree_rows,
+    "mask": tree_runner.plan_tree_rows,
     "positions": StepLayout.node_positions,
-    "compaction": runner_v1.compact,
+    "compaction": tree_runner.compact,
     "hidden": state.target_rows,
 }
 
 _WHOLE_DRAFTS = {
-    name: getattr(draft_lm.PagedDraftModel, name)
+    name: getattr(paged_model.PagedDraftModel, name)
     for name in ("follow", "catch_up", "run_nodes")
 }
 
 _WHOLE_HEADS = {
     (owner, name): getattr(owner, name)
     for owner, name in (
-        (draft_head.PagedHead, "commit"),
-        (draft_head.PagedHead, "_behind"),
-        (draft_head.HeadSession, "__init__"),
-        (draft_head.HeadSession, "_run"),
-        (draft_lm.PagedDraftModel, "run_nodes"),
+        (paged_head.PagedHead, "commit"),
+        (paged_head.PagedHead, "_behind"),
+        (paged_head.HeadSession, "__init__"),
+        (paged_head.HeadSession, "_run"),
+        (paged_model.PagedDraftModel, "run_nodes"),
     )
 }
 
 
 def break_part(llm: Any, request: dict[str, Any]) -> None:
     """Breaks one part of the engine on purpose, or mends them all."""
-    runner_v1.plan_tree_rows = plan.plan_tree_rows = _WHOLE["mask"]
+    tree_runner.plan_tree_rows = plan.plan_tree_rows = _WHOLE["mask"]
     StepLayout.node_positions = _WHOLE["positions"]
-    runner_v1.compact = _WHOLE["compaction"]
+    tree_runner.compact = _WHOLE["compaction"]
     state.target_rows = _WHOLE["hidden"]
     part = request["part"]
     if part == "mask":
-        runner_v1.plan_tree_rows = plan.plan_tree_rows = _causal_rows
+        tree_runner.plan_tree_rows = plan.plan_tree_rows = _causal_rows
     elif part == "positions":
         StepLayout.node_positions = _flat_positions
     elif part == "compaction":
-        runner_v1.compact = lambda runner, plan, moves: 0
+        tree_runner.compact = lambda runner, plan, moves: 0
     elif part == "hidden":
         state.target_rows = _first_row
 
@@ -91,7 +91,7 @@ def _flat_positions(layout: StepLayout) -> Any:
 
 def break_drafts(llm: Any, request: dict[str, Any]) -> None:
     """Breaks one part of how a draft model is run, or mends them all."""
-    model = draft_lm.PagedDraftModel
+    model = paged_model.PagedDraftModel
     for name, whole in _WHOLE_DRAFTS.items():
         setattr(model, name, whole)
     part = request["part"]
@@ -125,7 +125,7 @@ def _flat(self: Any, tokens: Any, positions: Any, *rest: Any) -> Any:
 
 def break_heads(llm: Any, request: dict[str, Any]) -> None:
     """Breaks one part of how a head on hidden states is run, or mends them all."""
-    head, session = draft_head.PagedHead, draft_head.HeadSession
+    head, session = paged_head.PagedHead, paged_head.HeadSession
     for (owner, name), whole in _WHOLE_HEADS.items():
         setattr(owner, name, whole)
     part = request["part"]
@@ -139,26 +139,26 @@ def break_heads(llm: Any, request: dict[str, Any]) -> None:
     elif part == "features":  # every node reads the root's
         session._run = _orphans
     elif part == "positions":
-        draft_lm.PagedDraftModel.run_nodes = _flat
+        paged_model.PagedDraftModel.run_nodes = _flat
 
 
 def _one_back(self: Any, layout: Any, result: Any) -> None:
-    _WHOLE_HEADS[draft_head.PagedHead, "commit"](self, layout, result)
+    _WHOLE_HEADS[paged_head.PagedHead, "commit"](self, layout, result)
     self._kept = [(start, np.maximum(rows - 1, 0)) for start, rows in self._kept]
 
 
 def _first_nodes(self: Any, layout: Any, result: Any) -> None:
     rows = layout.starts[:-1, None] + np.arange(result.rows.shape[1])
-    commit = _WHOLE_HEADS[draft_head.PagedHead, "commit"]
+    commit = _WHOLE_HEADS[paged_head.PagedHead, "commit"]
     commit(self, layout, dataclasses.replace(result, rows=rows))
 
 
 def _shifted(self: Any, model: Any, indices: Any, ends: Any) -> None:
-    draft_lm.DraftSession.__init__(self, model, indices, ends - 1)
+    paged_model.DraftSession.__init__(self, model, indices, ends - 1)
 
 
 def _orphans(self: Any, owners: Any, parents: Any, nodes: Any) -> Any:
-    run = _WHOLE_HEADS[draft_head.HeadSession, "_run"]
+    run = _WHOLE_HEADS[paged_head.HeadSession, "_run"]
     return run(self, owners, np.full(len(parents), -1), nodes)
 
 
@@ -185,9 +185,9 @@ def preemptions(llm: Any, request: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    engine_process.main(
+    engine.main(
         {
-            **engine_process.COMMANDS,
+            **engine.COMMANDS,
             "break": break_part,
             "preemptions": preemptions,
             "break_drafts": break_drafts,

@@ -11,9 +11,9 @@ import numpy as np
 from spec_heads import CheckedMedusa
 
 from vllm_specplugin import EMPTY_TREE, PROPOSERS, DraftTree
+from vllm_specplugin.api.roles import EngineInfo, ProposeContext, RequestView
 from vllm_specplugin.config import parse_options
-from vllm_specplugin.draft_probs import DraftProbs
-from vllm_specplugin.interfaces import EngineInfo, ProposeContext, RequestView
+from vllm_specplugin.trees.draft_probs import DraftProbs
 
 # A request's `extra_args`: {"use": name, "oracle": [its true output]}.
 
@@ -162,10 +162,10 @@ def _diverge(flag: Path) -> None:
     """From the time a file exists the second rank lays out chains for trees."""
     from vllm.distributed.parallel_state import get_tp_group
 
-    from vllm_specplugin.vllm import runner_v1
+    from vllm_specplugin.vllm.runner_v1 import tree_runner
 
-    whole = runner_v1.scheduled_tree
+    whole = tree_runner.scheduled_tree
     if get_tp_group().rank_in_group == 1:
-        runner_v1.scheduled_tree = lambda scheduled, drafted: whole(
+        tree_runner.scheduled_tree = lambda scheduled, drafted: whole(
             scheduled, None if flag.exists() else drafted
         )

@@ -10,7 +10,7 @@ A step whose metadata carries no plan runs the parent untouched. One that does:
 - elsewhere the parent runs, the tree's rows are computed again from arrays on the
   host, and the nodes' keys and values are put aside for compaction.
 
-CUDA graphs that hold attention: see :mod:`.device`.
+CUDA graphs that hold attention: see :mod:`.gpu`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_specplugin.errors import UnsupportedError, complain
-from vllm_specplugin.vllm.tree_attention import cpu, device, reference
+from vllm_specplugin.vllm.tree_attention import cpu, gpu, reference
 from vllm_specplugin.vllm.tree_attention.plan import DraftRows, TreeRows
 
 __all__ = ["PLAN_ATTRIBUTE", "TreeImpl", "register_tree_backends"]
@@ -68,7 +68,7 @@ class TreeImpl:
         where = (layer, query, kv_cache, attn_metadata, output)
         if isinstance(attn_metadata, DraftRows):
             if self.device_kernel:
-                device.attend_level(self, *where)
+                gpu.attend_level(self, *where)
                 return output
             table, rows = attn_metadata.block_table, attn_metadata.rows
             self.attend_rows(query, kv_cache, table, rows, output)
@@ -76,7 +76,7 @@ class TreeImpl:
         if plan is not None and self._reads(plan):
             most = 1 + plan.trees.ancestors.shape[1]
             if attn_metadata.max_query_len <= most:
-                device.attend(self, *where, plan.trees, all_rows=True)
+                gpu.attend(self, *where, plan.trees, all_rows=True)
                 return output
         elif plan is not None and self._computes(plan, query, kv_cache, output):
             plan.keep(layer.layer_name, key, value)
@@ -97,7 +97,7 @@ class TreeImpl:
         if plan is None:
             return result
         if self.device_kernel:
-            device.attend(self, *where, plan.trees, all_rows=False)
+            gpu.attend(self, *where, plan.trees, all_rows=False)
             return result
         plan.keep(layer.layer_name, key, value)
         self.attend_rows(query, kv_cache, attn_metadata.block_table, plan.rows, output)
@@ -105,7 +105,7 @@ class TreeImpl:
 
     def _reads(self, plan: Any) -> bool:
         """Whether the Triton kernel reads this layer's cache."""
-        if not self.device_kernel and isinstance(plan, device.CapturedPlan):
+        if not self.device_kernel and isinstance(plan, gpu.CapturedPlan):
             raise UnsupportedError(
                 complain(
                     "a CUDA graph that holds attention of layers whose trees are not "
@@ -194,7 +194,7 @@ class TreeBuilder:
         parent = super().get_cudagraph_support(  # type: ignore[misc]
             vllm_config, kv_cache_spec
         )
-        support: AttentionCGSupport = device.graph_support(
+        support: AttentionCGSupport = gpu.graph_support(
             parent, AttentionCGSupport.UNIFORM_BATCH, AttentionCGSupport.NEVER
         )
         return support
@@ -203,7 +203,7 @@ class TreeBuilder:
         metadata = super().build_for_cudagraph_capture(  # type: ignore[misc]
             common_attn_metadata
         )
-        plan = device.captured_plan(
+        plan = gpu.captured_plan(
             self.layer_names,  # type: ignore[attr-defined]
             common_attn_metadata.max_query_len,
         )

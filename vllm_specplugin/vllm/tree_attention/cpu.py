@@ -128,7 +128,7 @@ def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[..., None]:
-    from vllm_specplugin.vllm.tree_attention.cpu_kernel import attend
+    from vllm_specplugin.vllm.tree_attention._cpu_numba import attend
 
     return attend  # type: ignore[no-any-return]
 

@@ -20,7 +20,7 @@ from numba import carray, cfunc, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from vllm_specplugin.vllm.tree_attention.cpu_kernel import attend
+from vllm_specplugin.vllm.tree_attention._cpu_numba import attend
 
 __all__ = ["attend_in_threads"]
 
@@ -70,7 +70,7 @@ def _part_for(kind: Any) -> Any:
 def attend_in_threads(
     query, kv, block_size, table, request, context, nodes, scale, place, out, threads
 ) -> None:
-    """As :func:`.cpu_kernel.attend`, all parts at once.
+    """As :func:`._cpu_numba.attend`, all parts at once.
 
     Args:
         threads: how many. All arrays are contiguous.

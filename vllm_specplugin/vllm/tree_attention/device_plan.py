@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from vllm_specplugin.vllm.device_trees import DeviceTrees
+from vllm_specplugin.vllm.tree_attention.device_trees import DeviceTrees
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows
 
 __all__ = ["DeviceTreePlan"]

@@ -68,7 +68,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
         "out",
     ),
 }
-"""Checked where FlashInfer is installed, see :mod:`~vllm_specplugin.vllm.upstream`."""
+"""Checked where FlashInfer is installed, see :mod:`~vllm_specplugin.vllm.compat.seams`."""
 
 _HEAD_SIZES = (64, 128, 256)
 _DTYPES = (torch.bfloat16, torch.float16)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_specplugin.draft import DraftTree
+from vllm_specplugin.trees.tree import DraftTree
 
 __all__ = [
     "DeviceLevel",

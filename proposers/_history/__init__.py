@@ -1,0 +1,1 @@
+"""Drafts copied from earlier text: what ``suffix`` and ``ngram`` share."""

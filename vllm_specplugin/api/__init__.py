@@ -1,0 +1,1 @@
+"""What the author of a proposer, a scorer or a length policy reads, and nothing else."""

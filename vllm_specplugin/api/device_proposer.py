@@ -1,0 +1,86 @@
+"""Drafting without leaving the device.
+
+With asynchronous scheduling the next step is on its way before the tokens of this
+one are known to the host. A proposer that can draft from tensors alone then keeps
+the device busy. It drafts a fixed number of nodes per request; a node it has no
+token for is -1 and never accepted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_specplugin.api.target_rows import TargetRows
+
+__all__ = ["DeviceContext", "DeviceProposer", "OffersDevice"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceContext:
+    """The requests of a step that ends; all on the device."""
+
+    last: torch.Tensor
+    """``[r]`` int64: the last token of each request."""
+    positions: torch.Tensor
+    """``[r]`` int64: the position that the first drafted token would take."""
+    seeds: torch.Tensor
+    """``[r]`` int64 keys of the noise, see :mod:`.murmur`."""
+    temperatures: torch.Tensor
+    """``[r]`` float32, 0 for greedy decoding."""
+    chains: torch.Tensor
+    """``[r]`` bool: whether a request cannot have a tree. Its node ``i`` must have
+    parent ``i - 1``."""
+    target: TargetRows | None = None
+    """The target at the rows that the last tokens came from; without meaning for a
+    request whose prompt is not read to its end. The engine always gives it."""
+    top_k: torch.Tensor | None = None
+    """``[r]`` int32 top-k of the requests; ``None`` where none of them has one."""
+    top_p: torch.Tensor | None = None
+    """``[r]`` float32, likewise."""
+    greedy: bool = False
+    """Whether all requests decode greedily, as far as the host knows."""
+
+
+class DeviceProposer(Protocol):
+    """A proposer's half on the device.
+
+    Whatever it does must be queued there: it may not wait for results. What it
+    keeps serves all requests.
+    """
+
+    needs_top: int
+    """As in :class:`~vllm_specplugin.api.roles.RowObserver`."""
+
+    def propose(self, ctx: DeviceContext) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called once per step, for all its requests.
+
+        Returns:
+            ``[r, n]`` int64 tokens, -1 for none, and ``[r, n]`` int64 parents as in
+            a :class:`~vllm_specplugin.trees.tree.DraftTree`, for the ``n`` nodes that it
+            was made for.
+        """
+        ...
+
+    def observe_rows(
+        self, tokens: torch.Tensor, top: torch.Tensor, emitted: torch.Tensor
+    ) -> None:
+        """As in :class:`~vllm_specplugin.api.roles.RowObserver`, with tensors."""
+        ...
+
+
+@runtime_checkable
+class OffersDevice(Protocol):
+    """A proposer that can also draft on the device."""
+
+    def on_device(self, nodes: int, device: torch.device) -> DeviceProposer:
+        """Its half there, starting from what it knows now.
+
+        Args:
+            nodes: of each request and step.
+            device: where the engine computes.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Random numbers keyed by request seed and position."""

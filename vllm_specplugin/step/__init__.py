@@ -1,0 +1,1 @@
+"""A step without an engine: drafting, scoring, estimates and traces."""

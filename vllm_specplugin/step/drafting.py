@@ -1,0 +1,399 @@
+"""Drafting for a batch: the policy, the proposer, and what to do when they fail.
+
+A proposer or a policy can only ever cost drafts. Whatever it raises, returns or
+wastes is caught here, counted, logged once per cause, and turned into fewer
+drafts; after too many failures in a row it is not called again until restart.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_specplugin.api.roles import (
+    BudgetContext,
+    EngineInfo,
+    LengthPolicy,
+    ProposeContext,
+    Proposer,
+    RequestView,
+    StepOutcome,
+    TrimContext,
+)
+from vllm_specplugin.config import SpecConfig
+from vllm_specplugin.errors import DraftTreeError, complain
+from vllm_specplugin.step.calibration import Calibration
+from vllm_specplugin.step.draft_request import DraftRequest
+from vllm_specplugin.step.trace import TraceWriter
+from vllm_specplugin.telemetry.counters import SpecMetrics
+from vllm_specplugin.trees.batch import Drafted, Forest, compiled
+from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
+
+__all__ = ["DraftRequest", "Drafter"]
+
+logger = logging.getLogger(__name__)
+
+
+class Drafter:
+    """Runs one proposer and one policy over a batch.
+
+    Args:
+        proposer: what drafts.
+        policy: how much.
+        config: limits on time and on failures.
+        engine: vocabulary size, to refuse tokens outside it.
+        metrics: where to count.
+        clock: seconds, for tests.
+        context: makes what the proposer is shown, of ``requests``, ``rate`` and
+            ``node_price``.
+    """
+
+    def __init__(
+        self,
+        proposer: Proposer,
+        policy: LengthPolicy,
+        config: SpecConfig,
+        engine: EngineInfo,
+        metrics: SpecMetrics,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        context: Callable[..., ProposeContext] = ProposeContext,
+    ) -> None:
+        self._context = context
+        self._proposer = proposer
+        self._policy = policy
+        self._config = config
+        self._engine = engine
+        self._metrics = metrics
+        self._clock = clock
+        self._failures_in_row = 0
+        self._failed_since = False
+        self._propose_seconds = 0.0
+        self._logged: set[str] = set()
+        self._last: Drafted | None = None
+        self.calibration = Calibration()
+        compiled()
+        self.trace: TraceWriter | None = None
+        self._sampled: dict[str, bool] = {}
+        self.enabled = True
+        self.draft_requests = 0
+        """Requests of the last call of the proposer; 0 if it was not called."""
+        self.draft_seconds = 0.0
+        """Time of the last drafting, choosing nodes included."""
+
+    def draft(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
+        """One tree per request, each with its best chain in front."""
+        trees = [EMPTY_TREE] * len(requests)
+        self._last = None
+        self.draft_requests, self.draft_seconds = 0, 0.0
+        if not requests or not self.enabled:
+            return trees
+        if self.trace is not None:
+            self._sampled = {r.req_id: not r.greedy for r in requests}
+        started, self._propose_seconds = self._clock(), 0.0
+        budgets = self._budgets(requests)
+        wanted = [i for i, n in enumerate(budgets) if n > 0]
+        if not wanted:
+            return trees
+        views = [requests[i].view(budgets[i]) for i in wanted]
+        for i, tree in zip(wanted, self._propose(views)):
+            trees[i] = tree.best_chain() if requests[i].chain_only else tree
+        last = self._last = Drafted.of(Forest.of(trees), requests, wanted)
+        if len(last.forest):
+            trees = self._trim(requests, last)
+        self.draft_requests = len(wanted)
+        self.draft_seconds = self._clock() - started
+        choosing = self.draft_seconds - self._propose_seconds
+        if len(last.forest) and not self._in_time("a policy", choosing):
+            last.kept[:] = False
+            trees = [EMPTY_TREE] * len(requests)
+        # In a row are failures with no draft between them that went well.
+        if not self._failed_since:
+            self._failures_in_row = 0
+        self._failed_since = False
+        return trees
+
+    def release(self, req_ids: Sequence[str]) -> None:
+        """Tells proposer and policy that requests are gone."""
+        self.calibration.release(req_ids)
+        for kind, part in (
+            ("proposer_error", self._proposer), ("policy_error", self._policy)
+        ):  # fmt: skip
+            try:
+                if (release := getattr(part, "release", None)) is not None:
+                    release(req_ids)
+            except Exception as error:
+                self._failed(kind, error)
+
+    @property
+    def needs_top(self) -> int:
+        """Likeliest tokens per row of the target that the proposer asks for."""
+        return int(getattr(self._proposer, "needs_top", 0)) if self.enabled else 0
+
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether the proposer reads the target's hidden states."""
+        return self.enabled and bool(getattr(self._proposer, "needs_hidden", False))
+
+    def observe_rows(self, *rows: npt.NDArray[np.int32], scope: str = "") -> None:
+        """See :class:`~vllm_specplugin.api.roles.RowObserver`."""
+        named = {"scope": scope} if scope else {}
+        if named and not getattr(self._proposer, "knows_scopes", False):
+            return
+        try:
+            self._proposer.observe_rows(*rows, **named)  # type: ignore[attr-defined]
+        except Exception as error:
+            self._failed("proposer_error", error)
+
+    def observe(self, outcome: StepOutcome, emitted: npt.NDArray[np.integer]) -> None:
+        """Learns what became of a step.
+
+        Args:
+            outcome: for the policy.
+            emitted: ``[requests, width]`` tokens of the requests of
+                ``outcome``, padded with -1.
+        """
+        last, self._last = self._last, None
+        try:
+            if last is not None:
+                foreseen = self._calibrate(last, outcome, emitted)
+                outcome = replace(outcome, foreseen=foreseen)
+            self._policy.observe(outcome)
+        except Exception as error:
+            self._failed("policy_error", error)
+        if self.trace is not None:
+            self.trace.step(outcome, emitted, self._sampled, last)
+            if self.trace.failed:
+                self._metrics.failures["trace_error"] = 1
+
+    def snapshot(self) -> dict[str, Any]:
+        """Plain data: how good estimates are, and what policy and proposer tell."""
+        told: dict[str, Any] = {"estimates": self.calibration.snapshot()}
+        for key, part in (("policy", self._policy), ("drafting", self._proposer)):
+            try:
+                told[key] = dict(getattr(part, "snapshot", dict)())
+            except Exception as error:
+                kind = "policy_error" if key == "policy" else "proposer_error"
+                self._failed(kind, error)
+                told[key] = {}
+        return told
+
+    def _calibrate(
+        self,
+        last: Drafted,
+        outcome: StepOutcome,
+        emitted: npt.NDArray[np.integer],
+    ) -> list[int]:
+        """Learns from what was drafted, and says how far it was right."""
+        trees = len(last.forest.starts) - 1
+        text = np.full((trees, emitted.shape[1]), -1, dtype=np.int64)
+        for i, (req_id, end) in enumerate(zip(outcome.req_ids, outcome.num_tokens)):
+            tree = last.place.get(req_id)
+            if tree is not None and last.ends[tree] == end:
+                text[tree] = emitted[i]
+        labels = last.forest.follow(text).only(last.telling())
+        owner = last.forest.owner[labels.nodes]
+        self.calibration.observe(
+            last.forest.estimates[labels.nodes],
+            last.forest.depths[labels.nodes],
+            last.sampled[labels.nodes],
+            labels.hits,
+            owner,
+            list(last.place),
+        )
+        right = np.bincount(owner[labels.hits], minlength=trees)
+        found = [last.place.get(req_id) for req_id in outcome.req_ids]
+        return [
+            accepted if tree is None else max(accepted, int(right[tree]))
+            for tree, accepted in zip(found, outcome.accepted)
+        ]
+
+    def _budgets(self, requests: Sequence[DraftRequest]) -> list[int]:
+        ctx = BudgetContext(
+            req_ids=[r.req_id for r in requests],
+            limits=[r.limit for r in requests],
+            num_tokens=[r.num_tokens for r in requests],
+            options=[r.options for r in requests],
+        )
+        try:
+            budgets = list(self._policy.budget(ctx))
+            if len(budgets) != len(requests):
+                raise ValueError(
+                    complain(
+                        f"{len(budgets)} budgets",
+                        f"one for each of {len(requests)} requests",
+                        "return a budget per request, in order",
+                    )
+                )
+            # A request's own floor holds under any policy.
+            return [
+                min(max(int(n), r.floor), r.limit) for n, r in zip(budgets, requests)
+            ]
+        except Exception as error:
+            self._failed("policy_error", error)
+            return [0] * len(requests)
+
+    def _propose(self, views: list[RequestView]) -> list[DraftTree]:
+        metrics = self._metrics
+        started = self._clock()
+        try:
+            drafted = self._checked(views, self._proposer.propose(self._shown(views)))
+        except Exception as error:
+            # One request may have spoilt the call for all: ask one by one.
+            drafted = (
+                [self._propose_alone(view) for view in views]
+                if len(views) > 1
+                else self._lost(views, error)
+            )
+        seconds = self._clock() - started
+        metrics.propose_calls += 1
+        metrics.propose_seconds += seconds
+        self._propose_seconds = seconds
+        if not self._in_time("a proposer", seconds):
+            return [EMPTY_TREE] * len(views)
+        return [EMPTY_TREE if tree is None else tree for tree in drafted]
+
+    def _in_time(self, what: str, seconds: float) -> bool:
+        allowed = self._config.draft_timeout_ms
+        if seconds * 1e3 <= allowed:
+            return True
+        message = complain(
+            f"{what} took {seconds * 1e3:.1f} ms",
+            f"at most {allowed} ms",
+            "raise draft_timeout_ms or use a faster one",
+        )
+        self._failed("timeout", TimeoutError(message))
+        return False
+
+    def _shown(self, views: list[RequestView]) -> ProposeContext:
+        return self._context(
+            requests=views,
+            rate=float(getattr(self._policy, "rate", 0.0)),
+            node_price=float(getattr(self._policy, "node_price", 0.0)),
+        )
+
+    def _propose_alone(self, view: RequestView) -> DraftTree | None:
+        if not self.enabled:
+            return None
+        try:
+            ctx = self._shown([view])
+            return self._checked([view], self._proposer.propose(ctx))[0]
+        except Exception as error:
+            return self._lost([view], error)[0]
+
+    def _lost(
+        self, views: list[RequestView], error: Exception
+    ) -> list[DraftTree | None]:
+        malformed = isinstance(error, DraftTreeError)
+        self._failed("malformed_tree" if malformed else "proposer_error", error)
+        return [None] * len(views)
+
+    def _checked(
+        self, views: list[RequestView], drafted: Sequence[DraftTree]
+    ) -> list[DraftTree | None]:
+        """The drafted trees, ``None`` in place of malformed ones.
+
+        Raises:
+            DraftTreeError: not one tree per request.
+        """
+        drafted = list(drafted)
+        if len(drafted) != len(views):
+            raise DraftTreeError(
+                complain(
+                    f"{len(drafted)} trees",
+                    f"one for each of {len(views)} requests",
+                    "return a tree per request, EMPTY_TREE for none",
+                )
+            )
+        checked: list[DraftTree | None] = []
+        for view, tree in zip(views, drafted):
+            try:
+                if not isinstance(tree, DraftTree):
+                    raise DraftTreeError(
+                        complain(
+                            f"a {type(tree).__name__}",
+                            "a DraftTree",
+                            "return a tree per request, EMPTY_TREE for none",
+                        )
+                    )
+                tree.validate(
+                    max_nodes=view.max_nodes, vocab_size=self._engine.vocab_size
+                )
+                checked.append(tree.no_deeper(view.max_depth))
+            except DraftTreeError as error:
+                self._failed("malformed_tree", error)
+                checked.append(None)
+        return checked
+
+    def _trim(self, requests: Sequence[DraftRequest], last: Drafted) -> list[DraftTree]:
+        forest, req_ids = last.forest, list(last.place)
+        factors = self.calibration.factors(req_ids)
+        likely = forest.with_estimates(
+            self.calibration.apply(
+                forest.estimates, forest.depths, last.sampled, factors[forest.owner]
+            )
+        )
+        ctx = TrimContext(
+            req_ids=req_ids,
+            num_tokens=[r.num_tokens for r in requests],
+            floors=[r.floor for r in requests],
+            starts=likely.starts,
+            parents=likely.parents,
+            depths=likely.depths,
+            estimates=likely.estimates,
+            survival=likely.survival(),
+            off_chain=likely.off_chain(),
+            sampled=likely.drawn,
+        )
+        try:
+            keep = np.asarray(self._policy.trim(ctx))
+            if keep.shape != (len(forest),) or keep.dtype != np.bool_:
+                raise ValueError(
+                    complain(
+                        f"a choice of shape {keep.shape} and type {keep.dtype}",
+                        f"a boolean for each of {len(forest)} nodes",
+                        "return a mask over the nodes",
+                    )
+                )
+            if not likely.closed(keep):
+                raise ValueError(
+                    complain(
+                        "a kept node whose parent is not kept",
+                        "a choice closed under taking parents",
+                        "choose by survival, or check the parents",
+                    )
+                )
+        except Exception as error:
+            self._failed("policy_error", error)
+            return [EMPTY_TREE] * len(requests)
+        keep = likely.in_drawn_order(likely.at_least(keep, ctx.survival, ctx.floors))
+        last.kept[:] = keep
+        return likely.pick(keep)
+
+    def _failed(self, kind: str, error: Exception) -> None:
+        self._metrics.failures[kind] += 1
+        self._failures_in_row += 1
+        self._failed_since = True
+        cause = f"{type(error).__name__}: {error}"
+        if kind not in self._logged:
+            self._logged.add(kind)
+            logger.warning("drafts lost (%s), counted from now on: %s", kind, cause)
+        if self.enabled and self._failures_in_row >= self._config.max_failures:
+            self.enabled = False
+            self._metrics.failures["disabled"] += 1
+            logger.error(
+                "proposer %r and policy %r are switched off until restart after "
+                "%d failures in a row; the last one was %s: %s. Generation goes on "
+                "without drafts.",
+                self._config.proposer,
+                self._config.policy,
+                self._failures_in_row,
+                kind,
+                cause,
+            )

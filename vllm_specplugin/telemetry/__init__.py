@@ -1,0 +1,1 @@
+"""Counters, windows over them, and where they are shown."""

@@ -1,0 +1,1 @@
+"""Command-line tools. Nothing here is imported while serving."""

@@ -1,0 +1,1 @@
+"""Tools on recorded traces: replay of policies, tuning, calibration reports."""

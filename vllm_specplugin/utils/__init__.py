@@ -1,0 +1,1 @@
+"""The environment, and how functions are compiled."""

@@ -1,0 +1,1 @@
+"""Arguments, requests and responses: what runs in vLLM's front end."""

@@ -1,0 +1,66 @@
+"""Storing accepted rows where a contiguous sequence has them, for trees that are
+kept on the device: :mod:`.compaction` without waiting for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm_specplugin.vllm.kv_cache.compaction import device_rows, move_rows
+from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
+
+__all__ = ["compact_paths"]
+
+
+def compact_paths(
+    runner: Any, plan: DeviceTreePlan, slots: torch.Tensor, path: torch.Tensor
+) -> torch.Tensor:
+    """Moves misplaced accepted rows, in all layers.
+
+    Args:
+        runner: vLLM's second runner, for its layers.
+        plan: the step's plan; with keys and values put aside, where the Triton
+            kernel does not read the caches.
+        slots: ``[groups, rows]`` cache slot of each flat row.
+        path: ``[requests, 1 + max_nodes]`` nodes of the accepted path by depth,
+            counted from 1; 0 for none.
+
+    Returns:
+        How many rows of one layer were stored, on the device.
+    """
+    nodes = path[:, 1:]
+    depths = torch.arange(1, path.shape[1], device=path.device)
+    misplaced = (nodes > 0) & (nodes != depths)
+    roots = plan.root_rows[:, None]
+    if (groups := device_rows(runner)) is not None:
+        source = torch.where(misplaced, roots + nodes, -1)
+        target = torch.where(misplaced, roots + depths, -1)
+        move_rows(groups, list(slots), source, target)
+    else:
+        _store_again(runner, plan, slots, nodes, misplaced)
+    return misplaced.sum()
+
+
+def _store_again(
+    runner: Any,
+    plan: DeviceTreePlan,
+    slots: torch.Tensor,
+    nodes: torch.Tensor,
+    misplaced: torch.Tensor,
+) -> None:
+    """From what the layers put aside, through the backend's own update; how many
+    rows there are has to be known, so this waits."""
+    request, place = misplaced.nonzero(as_tuple=True)
+    kept = request * nodes.shape[1] + nodes[request, place] - 1
+    rows = plan.root_rows[request] + place + 1
+    context = runner.compilation_config.static_forward_context
+    for gid, group in enumerate(runner.kv_cache_config.kv_cache_groups):
+        where = slots[gid][rows]
+        for name in group.layer_names:
+            if name not in plan.kept:  # a draft model's: it keeps its own
+                continue
+            layer, (key, value) = context[name], plan.kept[name]
+            layer.impl.do_kv_cache_update(
+                layer, key[kept], value[kept], layer.kv_cache, where
+            )

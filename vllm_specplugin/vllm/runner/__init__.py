@@ -1,0 +1,1 @@
+"""Trees on vLLM's second model runner, and what both runners share."""

@@ -1,0 +1,147 @@
+"""Drafting on vLLM's second runner, in place of the drafter it has built.
+
+vLLM builds one of its own drafters there, from a closed list. Ours is mixed into
+whichever that is: vLLM goes on to load it and to run it, where the plugin's
+proposer wants its drafts, and the plugin answers when vLLM asks for drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+
+from vllm_specplugin.api.roles import Steer
+
+__all__ = ["NativeDraftsV2", "TreeSpeculator"]
+
+
+class TreeSpeculator:
+    """Mixed into vLLM's drafter."""
+
+    spec_runner: Any
+
+    def propose(
+        self,
+        input_batch: Any,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """``[requests, num_speculative_tokens]`` int64, -1 nowhere: what is not
+        drafted is not scheduled, or never accepted."""
+        runner = self.spec_runner
+        own = None
+        if runner.spec.follows_native:
+            # Also where nothing is to be drafted: it follows the target's text.
+            own = super().propose(  # type: ignore[misc]
+                input_batch,
+                attn_metadata,
+                slot_mappings,
+                last_hidden_states,
+                *args,
+                **kwargs,
+            )
+        if kwargs.get("dummy_run"):
+            shape = (input_batch.num_reqs, runner.num_speculative_steps)
+            return (
+                torch.zeros(shape, dtype=torch.int64, device=runner.device)
+                if own is None
+                else own
+            )
+        drafts: torch.Tensor = runner.spec_side.draft(
+            input_batch, own, last_hidden_states
+        )
+        return drafts
+
+    def sample_draft(
+        self,
+        hidden_states: torch.Tensor,
+        sample_src_positions: torch.Tensor,
+        idx_mapping: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        draft_step: torch.Tensor,
+        draft_logits: torch.Tensor | None,
+        spec_step_idx: int = 0,
+    ) -> torch.Tensor:
+        """``[requests]`` one step's tokens. Where drafts are not drawn they are chosen
+        as the target chooses: with its noise, which vLLM's sampler takes unless it is
+        told that it drafts."""
+        spec = self.spec_runner.spec
+        if draft_logits is not None or not spec.couples_native:
+            taken: torch.Tensor = super().sample_draft(  # type: ignore[misc]
+                hidden_states,
+                sample_src_positions,
+                idx_mapping,
+                temperature,
+                seeds,
+                draft_step,
+                draft_logits,
+                spec_step_idx,
+            )
+            return taken
+        drafter: Any = self
+        chosen: torch.Tensor = gumbel_sample(
+            drafter.compute_draft_logits(hidden_states, spec_step_idx),
+            idx_mapping,
+            temperature,
+            seeds,
+            sample_src_positions,
+            apply_temperature=True,
+            is_drafting=False,
+            use_fp64=drafter.use_fp64_gumbel,
+        )
+        return chosen
+
+
+class NativeDraftsV2:
+    """What vLLM's drafter made in this step; see
+    :class:`~vllm_specplugin.api.roles.NativeDrafts`.
+
+    Args:
+        speculator: the drafter.
+        batch: vLLM's ``InputBatch``.
+        drafted: ``[requests, k]`` its tokens.
+        temperatures: ``[slots]``.
+    """
+
+    def __init__(
+        self, speculator: Any, batch: Any, drafted: torch.Tensor, temperatures: Any
+    ) -> None:
+        self._tokens = drafted.tolist()
+        self._index = {req_id: i for i, req_id in enumerate(batch.req_ids)}
+        self._slots = batch.idx_mapping_np
+        self._logits = speculator.draft_logits
+        self._temperatures = temperatures
+
+    def of(self, req_ids: Sequence[str]) -> _Some:
+        """What a proposer is shown, for some of the requests."""
+        return _Some(self, [self._index[req_id] for req_id in req_ids])
+
+    def finish(self) -> None:
+        """It has run already."""
+
+
+class _Some:
+    def __init__(self, drafts: NativeDraftsV2, indices: list[int]) -> None:
+        self._drafts, self._indices = drafts, indices
+
+    def draft(
+        self, length: int, steer: Steer | None = None
+    ) -> tuple[Sequence[Sequence[int]], torch.Tensor | None]:
+        del steer  # see TreeSpeculator.sample_draft
+        drafts = self._drafts
+        tokens = [drafts._tokens[i][:length] for i in self._indices]
+        if drafts._logits is None:
+            return tokens, None
+        slots = drafts._slots[self._indices]
+        # Kept before temperature; requests that decode greedily use no q.
+        scale = torch.from_numpy(drafts._temperatures[slots]).clamp(min=1e-5)
+        logits = drafts._logits[torch.from_numpy(slots).to(drafts._logits.device)]
+        scaled = logits[:, :length].float() / scale.to(logits.device)[:, None, None]
+        return tokens, scaled.softmax(dim=-1)

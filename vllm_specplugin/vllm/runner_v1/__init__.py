@@ -1,0 +1,1 @@
+"""Trees on vLLM's first model runner, and draft models that run on it."""
