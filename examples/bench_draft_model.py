@@ -49,11 +49,7 @@ def engines(length: int) -> dict[str, EngineProcess]:
         "engine": {**ENGINE, "enforce_eager": False},
         "speculate": None,
     }
-    native = {
-        "method": "draft_model",
-        "model": DRAFT,
-        "num_speculative_tokens": length,
-    }
+    native = {"method": "draft_model", "model": DRAFT, "num_speculative_tokens": length}
     own = {"proposer": "draft_model", "options": {"proposer": {"model": DRAFT}}}
     memory = {"VLLM_CPU_KVCACHE_SPACE": "2"}
     vllm = {**settings["engine"], "speculative_config": native}
@@ -85,9 +81,7 @@ def measure(
     speeds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     stats: dict[str, dict[str, Any]] = defaultdict(dict)
     differs: dict[str, set[str]] = defaultdict(set)
-    cells = [
-        (n, t, b) for b in args.batch for n in args.workloads for t in args.temperatures
-    ]
+    cells = [(n, t, b) for b in args.batch for n in args.workloads for t in args.temperatures]
     shared = {engine_of(name) for name in ours}
     variants = [n for n in running if n not in shared] + list(ours)
 
@@ -102,9 +96,7 @@ def measure(
         bar = tqdm(total=(args.rounds + 1) * len(cells) * len(variants))
         for number in range(-1, args.rounds):  # the first round warms up
             for name, t, batch in cells:
-                work = workload(
-                    name, small, args.waves * batch, 128, temperature=t, seed=number
-                )
+                work = workload(name, small, args.waves * batch, 128, temperature=t, seed=number)
                 cell, texts = f"{name} T={t:g} batch {batch}", {}
                 turn = number % len(variants)
                 for variant in variants[turn:] + variants[:turn]:

@@ -78,9 +78,7 @@ def settings(chosen: dict[str, Any], policy: str, **more: Any) -> dict[str, Any]
             "draft_timeout_ms": 10_000.0, "trace": "", **more}  # fmt: skip
 
 
-def start(
-    name: str, model: str, head: Path, eager: bool, **environment: str
-) -> EngineProcess:
+def start(name: str, model: str, head: Path, eager: bool, **environment: str) -> EngineProcess:
     """One engine, by its name."""
     loaded = {
         PLAIN: None,
@@ -145,9 +143,7 @@ def accept(
 ) -> None:
     """Counts for some proposers on one engine, into ``found`` by cell and name."""
     small = model_path("target")
-    cells = [
-        (n, t, b) for b in args.batch for n in args.workloads for t in args.temperatures
-    ]
+    cells = [(n, t, b) for b in args.batch for n in args.workloads for t in args.temperatures]
     for name, t, batch in cells:
         work = workload(name, small, args.prompts, 128, temperature=t, seed=3)
         for variant, made in chosen.items():

@@ -45,11 +45,7 @@ def variants(fixed: list[int], others: list[str]) -> dict[str, dict[str, Any] | 
     made["no drafts"] = {"proposer": "none", "policy": "fixed", "options": {}}
     for n in fixed:
         options = {"policy": {"nodes": n}}
-        made[f"fixed {n}"] = {
-            "proposer": "suffix",
-            "policy": "fixed",
-            "options": options,
-        }
+        made[f"fixed {n}"] = {"proposer": "suffix", "policy": "fixed", "options": options}
     for name in others:
         made[name] = {"proposer": "suffix", "policy": name, "options": {}}
     return made
@@ -106,9 +102,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     engine = plain if changes is None else ours
                     if changes is not None:
                         engine.ask("reset", changes=changes)
-                    speed, texts[variant] = generate(
-                        engine, work, batch, args.max_tokens
-                    )
+                    speed, texts[variant] = generate(engine, work, batch, args.max_tokens)
                     speeds[cell][variant].append(speed)
                     if changes is not None:
                         stats[cell][variant] = engine.ask("stats")
@@ -160,9 +154,7 @@ def main() -> None:
     parser.add_argument("--policies", nargs="*", default=["goodput"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument(
-        "--waves", type=int, default=2, help="requests per place in the batch"
-    )
+    parser.add_argument("--waves", type=int, default=2, help="requests per place in the batch")
     parser.add_argument("--max-nodes", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--json", type=Path, help="write the figures")

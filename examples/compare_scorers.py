@@ -76,9 +76,7 @@ def plugin(
     return EngineProcess("plugin", settings, environment=environment)
 
 
-def configure(
-    engine: EngineProcess, scorer: str, choose: str, siblings: int, options: Any
-) -> None:
+def configure(engine: EngineProcess, scorer: str, choose: str, siblings: int, options: Any) -> None:
     engine.ask(
         "reset",
         changes={
@@ -100,9 +98,7 @@ def acceptance(args: argparse.Namespace) -> dict[str, Any]:
     ours = [("exact", choose, n) for choose in ("likeliest", "coupled") for n in (1, 3)]
     ours += [(rule, "drawn", n) for n in (1, 3) for rule in LOSSLESS]
     work = {
-        (t, number): workload(
-            "code", small, args.prompts, 128, temperature=t, seed=number
-        )
+        (t, number): workload("code", small, args.prompts, 128, temperature=t, seed=number)
         for t in args.temperatures
         for number in range(args.rounds)
     }
@@ -129,9 +125,7 @@ def acceptance(args: argparse.Namespace) -> dict[str, Any]:
     return {"acceptance_length": found}
 
 
-def _native_length(
-    one: EngineProcess, work: Workload, args: argparse.Namespace
-) -> float:
+def _native_length(one: EngineProcess, work: Workload, args: argparse.Namespace) -> float:
     params = [
         {"temperature": t, "max_tokens": args.max_tokens, "seed": 1 + i,
          "ignore_eos": True}
@@ -160,17 +154,11 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     prompts: dict[str, list[Any]] = defaultdict(list)
     plain = EngineProcess("vllm", {"model": big, "engine": engine}, environment=MEMORY)
     total = args.rounds * len(args.temperatures) * (len(variants) + 1)
-    with (
-        plain,
-        plugin(big, engine, MEMORY, "goodput") as ours,
-        tqdm(total=total) as bar,
-    ):
+    with plain, plugin(big, engine, MEMORY, "goodput") as ours, tqdm(total=total) as bar:
         for number in range(args.rounds):
             for t in args.temperatures:
                 cell = f"{t:g}"
-                work = workload(
-                    "code", small, args.prompts, 128, temperature=t, seed=number
-                )
+                work = workload("code", small, args.prompts, 128, temperature=t, seed=number)
                 for one in (plain, ours):
                     generate(one, work, args.batch, 8)
                 base, _ = generate(plain, work, args.batch, args.max_tokens)
@@ -183,10 +171,7 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
                     texts[cell][name] += text
                     stats[cell][name].append(ours.ask("stats"))
                     bar.update()
-    cells = {
-        t: _judge(small, float(t), prompts[t], texts[t], ratios[t], stats[t])
-        for t in texts
-    }
+    cells = {t: _judge(small, float(t), prompts[t], texts[t], ratios[t], stats[t]) for t in texts}
     return {"quality": cells}
 
 
@@ -200,8 +185,7 @@ def _judge(
 ) -> dict[str, Any]:
     truth = texts["exact, coupled"]
     likely = {
-        name: _log_likelihoods(model, temperature, prompts, text)
-        for name, text in texts.items()
+        name: _log_likelihoods(model, temperature, prompts, text) for name, text in texts.items()
     }
     judged = {}
     for name, text in texts.items():
@@ -254,9 +238,7 @@ def table(report: dict[str, Any]) -> str:
             spread = f"({min(lengths):.2f}-{max(lengths):.2f})"
             lines.append(f"    {name:<34}{statistics.median(lengths):5.2f} {spread}")
     for t, rows in report.get("quality", {}).items():
-        lines.append(
-            f"T={t}: speed, acc. length, relaxed, changed, first change, log-lik. gap"
-        )
+        lines.append(f"T={t}: speed, acc. length, relaxed, changed, first change, log-lik. gap")
         for name, row in rows.items():
             low, middle, high = row["speed"]
             gap, error = row["log_likelihood_gap"]
@@ -280,9 +262,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures")
     args = parser.parse_args()
     lossless = args.what == "acceptance"
-    args.temperatures = args.temperatures or (
-        [0.3, 0.7, 1.0] if lossless else [0.0, 1.0]
-    )
+    args.temperatures = args.temperatures or ([0.3, 0.7, 1.0] if lossless else [0.0, 1.0])
     found = acceptance(args) if lossless else quality(args)
     settings = {**vars(args), "json": str(args.json)}
     report = {"provenance": provenance(settings), **found}

@@ -28,9 +28,7 @@ class RepeatLastLine:
 
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
         return [
-            DraftTree.chain(
-                request.tokens[-self._back :][: min(self._back, request.max_nodes)]
-            )
+            DraftTree.chain(request.tokens[-self._back :][: min(self._back, request.max_nodes)])
             for request in ctx.requests
         ]
 

@@ -24,12 +24,7 @@ import torch
 from bench_policies import WORKLOADS, workload
 
 from vllm_specplugin import PROPOSERS
-from vllm_specplugin.api.roles import (
-    EngineInfo,
-    ProposeContext,
-    RequestView,
-    TargetRows,
-)
+from vllm_specplugin.api.roles import EngineInfo, ProposeContext, RequestView, TargetRows
 from vllm_specplugin.config import parse_options
 from vllm_specplugin.demo.models import model_path
 from vllm_specplugin.heads.target import Target, load_target
@@ -133,9 +128,7 @@ class Replay:
         if wanted := getattr(self.proposer, "needs_top", 0):
             emitted = np.append(answer.tokens[start + 1 :], -1)[: end - start]
             self.proposer.observe_rows(
-                answer.tokens[start:end],
-                answer.top[start:end, :wanted],
-                emitted.astype(np.int32),
+                answer.tokens[start:end], answer.top[start:end, :wanted], emitted.astype(np.int32)
             )
 
     def _view(self, number: int, answer: Answer, at: int) -> RequestView:
@@ -168,9 +161,7 @@ def main() -> None:
     table: dict[str, dict[str, float]] = {}
     for name in args.workloads:
         for t in args.temperatures:
-            work = workload(
-                name, home, args.prompts, 128, temperature=t, seed=args.seed
-            )
+            work = workload(name, home, args.prompts, 128, temperature=t, seed=args.seed)
             shortest = min(map(len, work.prompts))
             prompts = [prompt[-shortest:] for prompt in work.prompts]
             found = answers(target, prompts, t, args.max_tokens)
@@ -182,9 +173,7 @@ def main() -> None:
                     factory = PROPOSERS.get(kind)
                     values = json.loads(options or "{}")
                     config = parse_options(factory.Config, values, kind)
-                    replay = Replay(
-                        factory(config, engine), target, found, args.nodes, t
-                    )
+                    replay = Replay(factory(config, engine), target, found, args.nodes, t)
                     rate = replay.run(batch)
                     ms = replay.seconds / replay.steps * 1e3
                     print(f"    {rate:.3f}  {ms:6.3f} ms/request  {tried}", flush=True)

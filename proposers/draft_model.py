@@ -2,7 +2,7 @@
 
 vLLM loads the draft model and keeps its keys and values in the target's blocks. It
 runs only when drafts are wanted and catches up then. How trees grow is in
-:mod:`vllm_specplugin.proposers._model_tree.growth`, what a level has to be worth in :mod:`vllm_specplugin.proposers._model_tree.base`.
+:mod:`._model_tree.growth`, what a level has to be worth in :mod:`._model_tree.base`.
 """
 
 from __future__ import annotations

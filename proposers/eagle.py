@@ -3,7 +3,7 @@
 One decoder layer continues the target's last hidden states: a node reads its token
 and its parent's feature, the root the target's own. vLLM loads the head and shares
 the target's embedding and lm_head with it where the checkpoint has none. How trees
-grow is in :mod:`vllm_specplugin.proposers._model_tree.growth`, what a level has to be worth in :mod:`vllm_specplugin.proposers._model_tree.base`.
+grow is in :mod:`._model_tree.growth`, what a level has to be worth in :mod:`._model_tree.base`.
 """
 
 from __future__ import annotations

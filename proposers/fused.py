@@ -76,15 +76,11 @@ class FusedProposer:
             metadata={"help": "names of proposers, the cheapest first"},
         )
         member_options: Mapping[str, Any] = field(
-            default_factory=dict,
-            metadata={"help": "options of members, by name"},
+            default_factory=dict, metadata={"help": "options of members, by name"}
         )
 
     def __init__(
-        self,
-        config: Config,
-        engine: EngineInfo,
-        clock: Callable[[], float] = time.perf_counter,
+        self, config: Config, engine: EngineInfo, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         from vllm_specplugin.proposers._fused import (
             merge_numba,  # compiles
@@ -156,9 +152,7 @@ class FusedProposer:
         drafted, corrected, alone = self._draft(ctx, sampled)
         call, raised = self._merge(views, sampled, drafted, corrected)
         merged = call.merged
-        values = np.where(
-            call.agreed, np.maximum(merged.estimates, raised), merged.estimates
-        )
+        values = np.where(call.agreed, np.maximum(merged.estimates, raised), merged.estimates)
         keep = np.empty(len(values), dtype=np.bool_)
         most = np.array([view.max_nodes for view in views])
         self._compiled.likeliest(merged.starts, merged.parents, values, most, keep)
@@ -170,9 +164,7 @@ class FusedProposer:
             self._past[view.req_id] = _Past(call, i, len(view.tokens))
         return self._trees(merged, keep, values)
 
-    def _draft(
-        self, ctx: ProposeContext, sampled: Bools
-    ) -> tuple[list[DraftTree], Floats, Floats]:
+    def _draft(self, ctx: ProposeContext, sampled: Bools) -> tuple[list[DraftTree], Floats, Floats]:
         """All members' trees, one member's after the other's, their nodes' corrected
         estimates, and ``[members, requests]`` tokens that each expects by itself."""
         req_ids = [view.req_id for view in ctx.requests]
@@ -195,11 +187,7 @@ class FusedProposer:
         return drafted, np.concatenate(values), alone
 
     def _merge(
-        self,
-        views: Sequence[RequestView],
-        sampled: Bools,
-        drafted: list[DraftTree],
-        values: Floats,
+        self, views: Sequence[RequestView], sampled: Bools, drafted: list[DraftTree], values: Floats
     ) -> tuple[_Call, Floats]:
         """Merges shared prefixes.
 
@@ -227,9 +215,7 @@ class FusedProposer:
             starts, tokens, parents, depths, best, votes,
         )  # fmt: skip
         size = int(starts[-1])
-        merged = Forest(
-            starts, tokens[:size], parents[:size], depths[:size], best[:size]
-        )
+        merged = Forest(starts, tokens[:size], parents[:size], depths[:size], best[:size])
         raised = _corrected(
             self._agreed, merged.estimates, merged.depths, merged.owner, sampled,
             req_ids,
@@ -276,9 +262,7 @@ class FusedProposer:
         for told in calls.values():
             self._learn_call(told[0][1].call, told)
 
-    def _learn_call(
-        self, call: _Call, told: Sequence[tuple[RequestView, _Past]]
-    ) -> None:
+    def _learn_call(self, call: _Call, told: Sequence[tuple[RequestView, _Past]]) -> None:
         count, req_ids = len(call.sampled), [""] * len(call.sampled)
         width = max(len(view.tokens) - past.end for view, past in told)
         deepest = int(call.merged.depths.max(initial=1))
@@ -317,12 +301,7 @@ def _observe(
     req_ids: Sequence[str],
 ) -> None:
     calibration.observe(
-        forest.estimates[nodes],
-        forest.depths[nodes],
-        call.sampled[owner],
-        hits,
-        owner,
-        req_ids,
+        forest.estimates[nodes], forest.depths[nodes], call.sampled[owner], hits, owner, req_ids
     )
 
 
@@ -379,8 +358,6 @@ def _resolve(config: FusedProposer.Config) -> list[tuple[str, Any, Any]]:
             raise ConfigError(
                 complain(f"options {values!r} for {name!r}", "none", "leave them out")
             )
-        options = (
-            None if kind is None else parse_options(kind, values, f"{name} options")
-        )
+        options = None if kind is None else parse_options(kind, values, f"{name} options")
         found.append((name, factory, options))
     return found

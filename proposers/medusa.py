@@ -6,7 +6,7 @@ kept per request, and what the heads take is their weights.
 
 Candidates at a depth are the likeliest tokens of its head, at temperature > 0
 those that the target will choose if it agrees with the head, by the same noise
-(:mod:`vllm_specplugin.proposers._model_tree.growth`, which also says how a key becomes an estimate). Trees:
+(:mod:`._model_tree.growth`, which also says how a key becomes an estimate). Trees:
 
 ``dynamic``
     best-first by the product of this context's estimates.
@@ -50,9 +50,7 @@ class MedusaProposer:
         """Options of ``medusa``."""
 
         model: str = option("", "folder, file or hub id of the heads; needed")
-        tree: str = option(
-            "dynamic", "which trees are grown", choices=("dynamic", "static")
-        )
+        tree: str = option("dynamic", "which trees are grown", choices=("dynamic", "static"))
         siblings: int = option(8, "most candidates at a depth", low=1, high=64)
         depth: int = option(0, "deepest node; 0 for as many as heads", low=0, high=64)
         min_survival: float = option(
@@ -82,13 +80,9 @@ class MedusaProposer:
         self._explore = explore
         self._config = config
         path = find_heads(config.model)
-        heads = load_heads(
-            path, hidden_size=engine.hidden_size, vocab_size=engine.vocab_size
-        )
+        heads = load_heads(path, hidden_size=engine.hidden_size, vocab_size=engine.vocab_size)
         # At once, so that the engine counts them when it measures its memory.
-        self._heads = heads.to(
-            torch.device(engine.device), getattr(torch, engine.dtype)
-        )
+        self._heads = heads.to(torch.device(engine.device), getattr(torch, engine.dtype))
         self.needs_lm_head = not heads.shape.lm_heads
         self._depth = min(config.depth or heads.shape.heads, heads.shape.heads)
         self._calibration = _calibration(config, path, heads.shape.heads)
@@ -120,8 +114,7 @@ class MedusaProposer:
         tokens, estimates = self._candidates(logits, ctx.requests)
         least = max(self._config.min_survival, ctx.node_price)
         return [
-            self._tree(view, tokens[i], estimates[i], least)
-            for i, view in enumerate(ctx.requests)
+            self._tree(view, tokens[i], estimates[i], least) for i, view in enumerate(ctx.requests)
         ]
 
     def on_device(self, nodes: int, device: torch.device) -> DeviceProposer:
@@ -129,9 +122,7 @@ class MedusaProposer:
         del device  # the heads are there
         from vllm_specplugin.proposers._medusa.device import DeviceMedusa
 
-        return DeviceMedusa(
-            self._heads, self._calibration, self._shape, self._static, nodes
-        )
+        return DeviceMedusa(self._heads, self._calibration, self._shape, self._static, nodes)
 
     def release(self, req_ids: Sequence[str]) -> None:
         """Nothing is kept per request."""
@@ -153,34 +144,26 @@ class MedusaProposer:
             np.tile(np.arange(count), heads),
             np.repeat(np.arange(heads) + 1, count),
             self._shape,
-            np.concatenate(
-                [self._calibration.spread(k, sampled) for k in range(heads)]
-            ),
+            np.concatenate([self._calibration.spread(k, sampled) for k in range(heads)]),
         )
         shape = (heads, count, -1)
         tokens = found.tokens.reshape(shape).swapaxes(0, 1)
         estimates = found.estimates.reshape(shape).swapaxes(0, 1)
         return tokens, np.ascontiguousarray(estimates)
 
-    def _tree(
-        self, view: RequestView, tokens: Any, estimates: Floats, least: float
-    ) -> DraftTree:
+    def _tree(self, view: RequestView, tokens: Any, estimates: Floats, least: float) -> DraftTree:
         if self._static is not None:
             estimates = self._static[view.temperature > 0]
         most = min(view.max_nodes, MAX_NODES)
         depths, ranks, parents = np.empty((3, most), dtype=np.int32)
         values = np.empty(most)
-        n = self._explore(
-            estimates, view.max_depth, least, depths, ranks, parents, values
-        )
+        n = self._explore(estimates, view.max_depth, least, depths, ranks, parents, values)
         if not n:
             return EMPTY_TREE
         return DraftTree(tokens[depths[:n] - 1, ranks[:n]], parents[:n], values[:n])
 
 
-def _calibration(
-    config: MedusaProposer.Config, path: Path, heads: int
-) -> HeadCalibration:
+def _calibration(config: MedusaProposer.Config, path: Path, heads: int) -> HeadCalibration:
     """What was measured of the heads.
 
     Raises:

@@ -7,7 +7,7 @@ Prompt lookup decoding (Saxena 2023) copies the continuation of *one*
 occurrence; merging several into a tree covers the target's choice more often
 at the same number of nodes. A node's estimate is its share of the occurrences
 that reached its parent, less an escape for unseen tokens which shrinks as the
-match gets longer (:mod:`vllm_specplugin.proposers._history.votes_numba`). ``suffix`` is the better drafter; this
+match gets longer (:mod:`._history.votes_numba`). ``suffix`` is the better drafter; this
 one needs no store, and its drafts are the easiest to foresee.
 """
 
@@ -37,9 +37,7 @@ class NgramProposer:
         """Options of ``ngram``."""
 
         min_match: int = option(1, "shortest match to draft from", low=1, high=1024)
-        max_match: int = option(
-            8, "matches longer than this count as this long", low=1, high=1024
-        )
+        max_match: int = option(8, "matches longer than this count as this long", low=1, high=1024)
         occurrences: int = option(
             32, "earlier occurrences that vote, most recent first", low=1, high=256
         )
@@ -52,9 +50,7 @@ class NgramProposer:
         coupled: bool = option(
             True, "use the request's noise to choose candidates at temperature > 0"
         )
-        trust: float = option(
-            0.4, "how far the noise is believed over the counts", low=0, high=1
-        )
+        trust: float = option(0.4, "how far the noise is believed over the counts", low=0, high=1)
 
     def __init__(self, config: Config, engine: EngineInfo) -> None:
         if config.min_match > config.max_match:

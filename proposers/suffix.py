@@ -7,7 +7,7 @@ lengths vote, longer ones first; history and store grow one tree together.
 Follows SuffixDecoding (Oliaro et al. 2411.04975): a tree per request, one for
 past requests, counts as probabilities, nodes by their product. Differences:
 
-- hash chains instead of suffix trees (reasons in :mod:`vllm_specplugin.proposers._history.index_numba`);
+- hash chains instead of suffix trees (reasons in :mod:`._history.index_numba`);
 - match lengths are interpolated instead of one being chosen, so estimates
   tell a token seen once after 2 matching tokens from one after 12;
 - at temperature > 0 candidates are ranked with the noise the target will use
@@ -41,9 +41,7 @@ class SuffixProposer:
     class Config:
         """Options of ``suffix``."""
 
-        max_match: int = option(
-            32, "matches longer than this count as this long", low=1, high=1024
-        )
+        max_match: int = option(32, "matches longer than this count as this long", low=1, high=1024)
         occurrences: int = option(
             16, "earlier occurrences that vote, most recent first", low=1, high=256
         )
@@ -60,15 +58,11 @@ class SuffixProposer:
             low=0,
             high=1 << 28,
         )
-        store_weight: float = option(
-            0.5, "votes of an occurrence in the store", low=0.01, high=1
-        )
+        store_weight: float = option(0.5, "votes of an occurrence in the store", low=0.01, high=1)
         coupled: bool = option(
             True, "use the request's noise to choose candidates at temperature > 0"
         )
-        trust: float = option(
-            0.4, "how far the noise is believed over the counts", low=0, high=1
-        )
+        trust: float = option(0.4, "how far the noise is believed over the counts", low=0, high=1)
 
     def __init__(self, config: Config, engine: EngineInfo) -> None:
         rule = make_rule(

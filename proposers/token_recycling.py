@@ -64,9 +64,7 @@ class TokenRecyclingProposer:
         coupled: bool = option(
             True, "use the request's noise to rank candidates at temperature > 0"
         )
-        trust: float = option(
-            0.5, "share of the estimate that rests on the noise", low=0, high=1
-        )
+        trust: float = option(0.5, "share of the estimate that rests on the noise", low=0, high=1)
         scopes: int = option(
             4,
             "matrices for requests with a scope of their own, beside the common one",

@@ -57,8 +57,7 @@ class NativeProposer:
         length: int = option(4, "tokens drafted per step", low=1, high=MAX_NODES)
         model: str = option("", "path or hub id of the drafter's weights")
         engine: Mapping[str, Any] = field(
-            default_factory=dict,
-            metadata={"help": "further keys of vLLM's speculative_config"},
+            default_factory=dict, metadata={"help": "further keys of vLLM's speculative_config"}
         )
 
     def __init__(self, config: Config, engine: EngineInfo) -> None:
@@ -96,9 +95,7 @@ class NativeProposer:
             return []
         assert ctx.native is not None, "the runner gives what speculative() asks"
         wanted = max(view.max_nodes for view in ctx.requests)
-        chains, probs = ctx.native.draft(
-            min(wanted, self._length), self._steer(ctx.requests)
-        )
+        chains, probs = ctx.native.draft(min(wanted, self._length), self._steer(ctx.requests))
         return [
             _chain(view, tokens, None if probs is None else probs[i])
             for i, (view, tokens) in enumerate(zip(ctx.requests, chains))
@@ -128,9 +125,7 @@ class NativeModel(NativeProposer):
     def __init__(self, config: Config, engine: EngineInfo) -> None:
         super().__init__(config, engine)
         drawn = _drawn(config)
-        self.couples = config.coupling == "on" or (
-            config.coupling == "auto" and not drawn
-        )
+        self.couples = config.coupling == "on" or (config.coupling == "auto" and not drawn)
         """Whether drafts are chosen with the noise of the request. vLLM's second
         runner does that in its own sampler, and has no use for ``steer``."""
 

@@ -54,9 +54,7 @@ HEADER = """\
 def main() -> None:
     """Resolves in a fresh environment and writes the lock."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).with_name("cpu.txt")
-    )
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("cpu.txt"))
     output = parser.parse_args().output
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
@@ -132,9 +130,7 @@ def _elsewhere(requirement: Requirement) -> bool:
     assert requirement.marker is not None
     here = {**default_environment(), "extra": ""}
     return any(
-        requirement.marker.evaluate(
-            {**here, "python_version": v, "python_full_version": f"{v}.0"}
-        )
+        requirement.marker.evaluate({**here, "python_version": v, "python_full_version": f"{v}.0"})
         for v in PYTHONS
     )
 

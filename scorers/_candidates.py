@@ -109,10 +109,7 @@ class Candidates:
         if not nodes:
             return
         places = self.batch.parents[nodes]
-        at, tokens = (
-            self.index(places.tolist()),
-            self.index([self.tokens[n] for n in nodes]),
-        )
+        at, tokens = (self.index(places.tolist()), self.index([self.tokens[n] for n in nodes]))
         weights = (self.batch.logits[at, tokens] - self._top[at]).exp().double()
         self.p[nodes] = (weights / self._sum[at]).cpu().numpy()
         greedy = self.batch.greedy[self.owner[nodes]]
@@ -191,9 +188,7 @@ class Candidates:
                 stop[part] = 1 - up.cpu().numpy()
             if carry:
                 for row in group:
-                    reach[self.kids[row]] = stop[self.kids[row]] = accept[
-                        self.kids[row]
-                    ]
+                    reach[self.kids[row]] = stop[self.kids[row]] = accept[self.kids[row]]
         return accept, stop
 
     def _levels(self) -> list[list[int]]:
@@ -275,9 +270,7 @@ class Candidates:
 
     # ---------------------------------------------------------- emission
 
-    def descend(
-        self, request: int, accept: Floats, flips: Sequence[float]
-    ) -> list[int]:
+    def descend(self, request: int, accept: Floats, flips: Sequence[float]) -> list[int]:
         """Rows from the root along accepted candidates."""
         path = [self.starts[request]]
         while (kid := self.first(path[-1], accept, flips)) is not None:
@@ -312,9 +305,7 @@ class Candidates:
             self.batch.seeds, self.batch.positions[firsts], LAST, np.zeros_like(firsts)
         )
         for part in self.chunks(range(len(lasts))):
-            weights = self._weights(
-                [lasts[i] for i in part], [turned_down[i] for i in part], reach
-            )
+            weights = self._weights([lasts[i] for i in part], [turned_down[i] for i in part], reach)
             drawn = _draw(weights, torch.from_numpy(coins[part]).to(self.device))
             token[part] = drawn.cpu().numpy()
         lengths = np.array([len(path) for path in paths], dtype=np.int32)
@@ -327,9 +318,7 @@ class Candidates:
             tokens[request, len(path) - 1] = token[request]
         return ScoreResult(tokens=tokens, rows=rows, lengths=lengths)
 
-    def _weights(
-        self, rows: list[int], turned_down: list[bool], reach: Floats
-    ) -> torch.Tensor:
+    def _weights(self, rows: list[int], turned_down: list[bool], reach: Floats) -> torch.Tensor:
         """``[len(rows), vocab]`` what the next tokens are drawn from."""
         law = self.law(rows)
         weights = law.clone()

@@ -41,10 +41,7 @@ class GuardConfig:
         8, "most consecutive tokens accepted by leniency only", low=0, high=1 << 31
     )
     relax_entropy: float = option(
-        3.0,
-        "nats of entropy above which nothing is accepted by leniency",
-        low=0,
-        high=100,
+        3.0, "nats of entropy above which nothing is accepted by leniency", low=0, high=100
     )
     relax_share: float = option(
         0.5, "largest share of a request's output accepted by leniency", low=0, high=1
@@ -72,9 +69,7 @@ class Usage:
 
     def after(self, relaxed: bool) -> Usage:
         """With one more token."""
-        return Usage(
-            self.emitted + 1, self.relaxed + relaxed, self.run + 1 if relaxed else 0
-        )
+        return Usage(self.emitted + 1, self.relaxed + relaxed, self.run + 1 if relaxed else 0)
 
 
 @dataclass(slots=True)
@@ -108,15 +103,11 @@ class Ledger:
             for account, position in zip(found, positions)
         ]
 
-    def close(
-        self, batch: ScoreBatch, before: Sequence[Usage], after: Sequence[Usage]
-    ) -> None:
+    def close(self, batch: ScoreBatch, before: Sequence[Usage], after: Sequence[Usage]) -> None:
         """Notes what the step adds."""
         positions = batch.positions[batch.starts[:-1]].tolist()
         for req_id, place, old, new in zip(batch.req_ids, positions, before, after):
-            self._accounts[req_id] = _Account(
-                place, old, new, new.emitted - old.emitted
-            )
+            self._accounts[req_id] = _Account(place, old, new, new.emitted - old.emitted)
 
     def release(self, req_ids: Sequence[str]) -> None:
         for req_id in req_ids:

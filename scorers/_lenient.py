@@ -29,9 +29,7 @@ Tolerable = Callable[[int, int], bool]
 class Walk:
     """One step of a lossy rule: candidates, coins, settings, guards."""
 
-    def __init__(
-        self, batch: ScoreBatch, settings: Sequence[Any], ledger: Ledger
-    ) -> None:
+    def __init__(self, batch: ScoreBatch, settings: Sequence[Any], ledger: Ledger) -> None:
         self.candidates = Candidates(batch)
         self.batch = batch
         self.settings = settings
@@ -65,9 +63,7 @@ class Walk:
             relaxed = kid is None
             if kid is None:
                 kept = [
-                    k
-                    for k in candidates.kids[row]
-                    if candidates.p[k] > 0 and tolerable(row, k)
+                    k for k in candidates.kids[row] if candidates.p[k] > 0 and tolerable(row, k)
                 ]
                 if not kept or not self.may_relax(row, usage):
                     return path, usage.after(False)
@@ -102,9 +98,7 @@ class LenientScorer:
     def release(self, req_ids: Sequence[str]) -> None:
         self._ledger.release(req_ids)
 
-    def walk(
-        self, walk: Walk
-    ) -> tuple[list[list[int]], list[Usage], list[bool] | None]:
+    def walk(self, walk: Walk) -> tuple[list[list[int]], list[Usage], list[bool] | None]:
         """Paths, usage after them, and whether the next token is drawn from all
         of p (as ``Candidates.result`` takes it)."""
         tolerable = self.tolerable(walk)

@@ -35,14 +35,9 @@ class FlyScorer(LenientScorer):
         """As in its source."""
 
         gate: float = option(
-            0.3,
-            "least entropy, in nats, of the three likeliest tokens",
-            low=0,
-            high=100,
+            0.3, "least entropy, in nats, of the three likeliest tokens", low=0, high=100
         )
-        window: int = option(
-            6, "how many tokens after the mismatch have to agree", low=1, high=63
-        )
+        window: int = option(6, "how many tokens after the mismatch have to agree", low=1, high=63)
 
     def tolerable(self, walk: Walk) -> Tolerable:
         candidates, settings = walk.candidates, walk.settings

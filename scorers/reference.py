@@ -72,9 +72,7 @@ class Uniforms:
         return bool(self.flips[node] < probability)
 
     def choose(self, row: int, cumulative: Sequence[Any]) -> int | None:
-        return next(
-            (i for i, c in enumerate(cumulative) if self.choices[row] < c), None
-        )
+        return next((i for i, c in enumerate(cumulative) if self.choices[row] < c), None)
 
     def draw(self, weights: Weights) -> int:
         total = np.cumsum(weights)
@@ -259,9 +257,7 @@ def typical_limit(p: Weights, epsilon: float, delta: float) -> float:
     return min(epsilon, delta * float(np.exp(-entropy(p))))
 
 
-def typical(
-    v: Verification, coins: Coins, *, epsilon: float = 0.09, delta: float = 0.3
-) -> Outcome:
+def typical(v: Verification, coins: Coins, *, epsilon: float = 0.09, delta: float = 0.3) -> Outcome:
     """Lossy: Medusa's typical acceptance (2401.10774).
 
     Accept x iff p(x) > min(epsilon, delta exp(-H(p))). The longest accepted path
@@ -286,9 +282,7 @@ def typical(
     return Outcome(path, coins.draw(v.p(path[-1] + 1 if path else 0)))
 
 
-def or_rejection(
-    v: Verification, coins: Coins, tolerable: Callable[[int, int], bool]
-) -> Outcome:
+def or_rejection(v: Verification, coins: Coins, tolerable: Callable[[int, int], bool]) -> Outcome:
     """Lossy: rejection, but where it accepts no child of a row the likeliest one
     that has p > 0 and is ``tolerable(row, node)`` is kept."""
     path: list[int] = []
@@ -377,9 +371,7 @@ def threshold(
         path.append(children[chosen])
 
 
-def fly(
-    v: Verification, coins: Coins, *, gate: float = 0.3, window: int = 6
-) -> Outcome:
+def fly(v: Verification, coins: Coins, *, gate: float = 0.3, window: int = 6) -> Outcome:
     """Lossy: FLy (2511.22972). Keep a mismatch where p is uncertain (entropy of
     the three likeliest tokens, not normalised, at least ``gate``) and rejection
     accepts the next ``window`` tokens below it, all within the draft."""

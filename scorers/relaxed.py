@@ -39,15 +39,9 @@ class RelaxedScorer(LenientScorer):
         """As recommended by its source."""
 
         top: int = option(10, "how many of the most likely tokens", low=1, high=1000)
-        delta: float = option(
-            0.6, "largest difference in probability to the best", low=0, high=1
-        )
-        begin: int = option(
-            OFF, "token id after which to be lenient", low=OFF, high=1 << 31
-        )
-        end: int = option(
-            OFF, "token id after which to be strict again", low=OFF, high=1 << 31
-        )
+        delta: float = option(0.6, "largest difference in probability to the best", low=0, high=1)
+        begin: int = option(OFF, "token id after which to be lenient", low=OFF, high=1 << 31)
+        end: int = option(OFF, "token id after which to be strict again", low=OFF, high=1 << 31)
 
         def __post_init__(self) -> None:
             if (self.begin == OFF) != (self.end == OFF):

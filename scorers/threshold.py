@@ -31,9 +31,7 @@ class ThresholdScorer(LenientScorer):
     class Config(GuardConfig):
         """Lossless as they are."""
 
-        single: float = option(
-            1.0, "a child at least this likely is accepted", low=0.01, high=1
-        )
+        single: float = option(1.0, "a child at least this likely is accepted", low=0.01, high=1)
         accumulated: float = option(
             1.0, "what the children's probabilities are divided by", low=0.01, high=1
         )
@@ -63,9 +61,7 @@ class ThresholdScorer(LenientScorer):
         return paths, after, None
 
 
-def _chosen(
-    walk: Walk, row: int, coin: float, single: float, accumulated: float
-) -> int | None:
+def _chosen(walk: Walk, row: int, coin: float, single: float, accumulated: float) -> int | None:
     """The child that is accepted at a row."""
     candidates = walk.candidates
     total = 0.0

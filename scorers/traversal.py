@@ -48,9 +48,7 @@ def leaves_first(candidates: Candidates) -> ScoreResult:
     return candidates.result(paths, reach=reach)
 
 
-def _visit(
-    candidates: Candidates, root: int, stop: Floats, flips: Sequence[float]
-) -> list[int]:
+def _visit(candidates: Candidates, root: int, stop: Floats, flips: Sequence[float]) -> list[int]:
     """Rows down to the first node, in depth-first order, children before their
     parent, at which the path stops."""
 

@@ -37,9 +37,7 @@ class TypicalScorer(LenientScorer):
     def tolerable(self, walk: Walk) -> Tolerable:
         limit, candidates = limits(walk), walk.candidates
         greedy = walk.batch.greedy[candidates.owner]
-        return lambda row, kid: bool(
-            candidates.mass[kid] > (0.5 if greedy[row] else limit[row])
-        )
+        return lambda row, kid: bool(candidates.mass[kid] > (0.5 if greedy[row] else limit[row]))
 
     def walk(self, walk: Walk) -> tuple[list[list[int]], list[Usage], list[bool]]:
         typical = self.tolerable(walk)
@@ -48,9 +46,7 @@ class TypicalScorer(LenientScorer):
         return list(paths), list(after), list(whole)
 
 
-def _longest(
-    walk: Walk, request: int, typical: Tolerable
-) -> tuple[list[int], Usage, bool]:
+def _longest(walk: Walk, request: int, typical: Tolerable) -> tuple[list[int], Usage, bool]:
     """The longest path, its usage, and whether its last row was left open."""
     candidates = walk.candidates
     root = candidates.starts[request]

@@ -28,12 +28,8 @@ __all__ = ["TypicalConfig", "TypicalOrRejectionScorer", "limits"]
 class TypicalConfig(GuardConfig):
     """Medusa's defaults."""
 
-    epsilon: float = option(
-        0.09, "tokens above this probability are typical", low=0, high=1
-    )
-    delta: float = option(
-        0.3, "and so are those above this times exp(-entropy)", low=0, high=10
-    )
+    epsilon: float = option(0.09, "tokens above this probability are typical", low=0, high=1)
+    delta: float = option(0.3, "and so are those above this times exp(-entropy)", low=0, high=10)
 
 
 class TypicalOrRejectionScorer(LenientScorer):

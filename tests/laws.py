@@ -37,9 +37,7 @@ def path_of(tree: DraftTree, row: int) -> Path:
     return tuple(int(tree.tokens[n]) for n in tree.path(row - 1)) if row else ()
 
 
-def all_choices(
-    tree: DraftTree, p: Target, vocab: int
-) -> Iterator[tuple[list[int], Fraction]]:
+def all_choices(tree: DraftTree, p: Target, vocab: int) -> Iterator[tuple[list[int], Fraction]]:
     """Every combination of tokens chosen at the rows, with its probability."""
     rows = [p(path_of(tree, row)) for row in range(len(tree) + 1)]
     for chosen in itertools.product(range(vocab), repeat=len(rows)):
@@ -153,12 +151,7 @@ class Shape:
         return law / law.sum() if law.sum() else rational(q(path))
 
     def _grow(
-        self,
-        p: Target,
-        q: Target,
-        tokens: list[int],
-        paths: list[Path],
-        weight: Fraction,
+        self, p: Target, q: Target, tokens: list[int], paths: list[Path], weight: Fraction
     ) -> Iterator[tuple[Verification, Fraction]]:
         node = len(tokens)
         if node == len(self.parents):
@@ -193,9 +186,7 @@ class Shape:
         for token, chance in enumerate(law):
             if chance:
                 path = (*paths[parent + 1], token)
-                yield from self._grow(
-                    p, q, [*tokens, token], [*paths, path], weight * chance
-                )
+                yield from self._grow(p, q, [*tokens, token], [*paths, path], weight * chance)
 
 
 def rational(values: Sequence[Fraction | int]) -> np.ndarray:
@@ -206,9 +197,7 @@ def rational(values: Sequence[Fraction | int]) -> np.ndarray:
 Rule = Callable[[Verification, Coins], Outcome]
 
 
-def emissions(
-    rule: Rule, shape: Shape, p: Target, q: Target
-) -> Iterator[tuple[Path, Fraction]]:
+def emissions(rule: Rule, shape: Shape, p: Target, q: Target) -> Iterator[tuple[Path, Fraction]]:
     """What a rule emits on every draft and every fall of the coins."""
     for draft, weight in shape.drafts(p, q):
         for outcome, chance in all_coins(partial(rule, draft)):

@@ -30,8 +30,7 @@ def test_what_is_here_is_what_is_locked() -> None:
 
 
 @pytest.mark.parametrize(
-    "line",
-    ["numpy>=2", "numpy", "-e .", "--index-url x", "a @ https://x/a.whl", "numpy==2.*"],
+    "line", ["numpy>=2", "numpy", "-e .", "--index-url x", "a @ https://x/a.whl", "numpy==2.*"]
 )
 def test_lines_that_pin_nothing_are_found(line: str) -> None:
     assert audit.locked(f"# comment\n\nsix==1.0\n{line}\n")[1] != []
@@ -45,9 +44,7 @@ def test_markers_are_read() -> None:
 def test_differences_strangers_and_unmet_requirements_are_found() -> None:
     versions = {"torch": "2.1", "numpy": "2.0", "gone": "1"}
     installed = {
-        "torch": package(
-            "2.1+cpu", "numpy>=2", "torchvision", "nvidia-x; extra == 'a'"
-        ),
+        "torch": package("2.1+cpu", "numpy>=2", "torchvision", "nvidia-x; extra == 'a'"),
         "numpy": package("2.1", "missing", "torch<2"),
         "evil": package("6.6"),
         "pip": package("1"),
@@ -56,9 +53,7 @@ def test_differences_strangers_and_unmet_requirements_are_found() -> None:
         "numpy 2.1 is installed, locked is 2.0",
         "gone 1 is locked but not installed",
     ]
-    assert list(audit.strangers(versions, installed)) == [
-        "evil 6.6 is installed but not locked"
-    ]
+    assert list(audit.strangers(versions, installed)) == ["evil 6.6 is installed but not locked"]
     assert list(audit.unmet(installed)) == [
         "numpy requires missing, which is not installed",
         "numpy requires torch<2, installed is 2.1+cpu",
@@ -68,9 +63,7 @@ def test_differences_strangers_and_unmet_requirements_are_found() -> None:
 def test_advisories_are_named_unless_accepted(monkeypatch) -> None:
     answer = {"results": [{}, {"vulns": [{"id": "X-1"}, {"id": "X-2"}]}]}
     answers = [io.BytesIO(json.dumps(answer).encode()), io.BytesIO(b"<html>")]
-    monkeypatch.setattr(
-        audit.urllib.request, "urlopen", lambda *_, **__: answers.pop(0)
-    )
+    monkeypatch.setattr(audit.urllib.request, "urlopen", lambda *_, **__: answers.pop(0))
     monkeypatch.setattr(audit, "ACCEPTED", {"X-2": "not used"})
     assert audit.advisories({"a": "1", "b": "2"}) == ["b 2: X-1"]
     assert audit.advisories({"a": "1"}) is None

@@ -19,9 +19,7 @@ def test_a_row_is_read_by_another_process(tmp_path: Path) -> None:
         "from pathlib import Path; from vllm_specplugin.telemetry.request_table import look_up;"
         f"print(look_up(Path({str(tmp_path)!r}), 'a-1'))"
     )
-    read = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    read = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert read.stdout.strip() == "{'scorer': 'typical', 'emitted_by_relaxation': 5}"
 
 

@@ -65,9 +65,7 @@ RuntimeError: {SECRET}
 
 @pytest.fixture
 def trace(tmp_path):
-    engine = EngineInfo(
-        vocab_size=60_000, max_model_len=128, max_num_seqs=2, max_nodes=4
-    )
+    engine = EngineInfo(vocab_size=60_000, max_model_len=128, max_num_seqs=2, max_nodes=4)
     options = {"proposer": {"min_survival": 0.2}}
     config = SpecConfig(trace=f"{HOME}/x.trace", options=options).to_dict()
     config["options"]["proposer"]["model"] = f"{HOME}/model"
@@ -103,9 +101,7 @@ def trace(tmp_path):
 def contents(path) -> dict[str, str]:
     with tarfile.open(path) as archive:
         return {
-            entry.name.removeprefix("specplugin/"): archive.extractfile(entry)
-            .read()
-            .decode()
+            entry.name.removeprefix("specplugin/"): archive.extractfile(entry).read().decode()
             for entry in archive
         }
 
@@ -115,9 +111,7 @@ def test_a_bundle_holds_what_helps_and_nothing_private(tmp_path, trace, monkeypa
     (tmp_path / "log").write_text(LOG)
     path = tmp_path / "bundle.tar.gz"
     report = [f"ok    python: 3.11 in {HOME}/venv", "FAIL  seam: x takes y"]
-    names = write_bundle(
-        path, report, logs=[tmp_path / "log"], trace=trace, environ=ENVIRON
-    )
+    names = write_bundle(path, report, logs=[tmp_path / "log"], trace=trace, environ=ENVIRON)
     found = contents(path)
     assert list(found) == names
     for name, text in found.items():
@@ -153,11 +147,7 @@ def test_a_bundle_holds_what_helps_and_nothing_private(tmp_path, trace, monkeypa
 def test_whatever_is_in_a_log_only_what_is_known_gets_through():
     rng = np.random.default_rng(0)
     parts = ["INFO", "11-24 09:51:57", "[state.py:1]", "File", '"', "'", ": ", "line 3"]
-    heads = [
-        "",
-        "INFO 11-24 09:51:57 [state.py:1] ",
-        "ERROR 11-24 09:51:57 [core.py:1] ",
-    ]
+    heads = ["", "INFO 11-24 09:51:57 [state.py:1] ", "ERROR 11-24 09:51:57 [core.py:1] "]
     for head in heads[::2]:
         for _ in range(300):
             around = "".join(rng.choice([*parts, " ", "x"], 6))

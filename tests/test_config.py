@@ -60,10 +60,7 @@ def test_unknown_names_list_the_known_ones():
 
 
 def test_it_survives_json_and_its_own_dict_form():
-    config = flags(
-        max_nodes=8,
-        options={"proposer": {"min_survival": 0.5}, "draft_timeout_ms": 20},
-    )
+    config = flags(max_nodes=8, options={"proposer": {"min_survival": 0.5}, "draft_timeout_ms": 20})
     assert config.draft_timeout_ms == 20.0
     assert SpecConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config.options == {"proposer": {"min_survival": 0.5}}

@@ -42,9 +42,7 @@ MODULES = sorted(
 def test_doctests(module: str) -> None:
     if module.startswith(NEEDS_VLLM):
         pytest.importorskip("vllm", exc_type=ImportError)
-    result = doctest.testmod(
-        importlib.import_module(module), optionflags=doctest.ELLIPSIS
-    )
+    result = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)
     assert result.failed == 0
 
 

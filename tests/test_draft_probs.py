@@ -17,9 +17,7 @@ def tree(estimates=(0.1, 0.9, 0.5, 0.2)) -> DraftTree:
     """Root with children 0 and 1; 1 has 2 and 3. Rows of the root and of node 1
     are known, and node 3 was not drawn."""
     probs = DraftProbs(
-        Q,
-        np.array([0, -1, 2, -1, -1], np.int32),
-        np.array([True, True, True, False]),
+        Q, np.array([0, -1, 2, -1, -1], np.int32), np.array([True, True, True, False])
     )
     return DraftTree([4, 3, 2, 1], [-1, -1, 1, 1], estimates, probs)
 

@@ -258,9 +258,7 @@ def test_release_and_observe_may_fail_too():
 def test_drawn_trees_keep_their_distributions_and_their_order():
     """Whatever a policy prefers, the nodes drawn first stay, in that order."""
     probs = DraftProbs(
-        np.full((1, 100), 0.01, np.float32),
-        np.zeros(4, np.int32),
-        np.ones(3, dtype=bool),
+        np.full((1, 100), 0.01, np.float32), np.zeros(4, np.int32), np.ones(3, dtype=bool)
     )
     drawn = DraftTree([1, 2, 3], [-1, -1, 1], [0.1, 0.9, 0.9], probs)
     policy = Policy(keep=np.array([False, True, True, False, True]))

@@ -27,9 +27,7 @@ def read(tmp_path: Path) -> Read:
     MultiProcessCollector(registry, path=str(tmp_path))
 
     def value(name: str, **labels: str) -> float | None:
-        found: float | None = registry.get_sample_value(
-            PREFIX + name, {**LABELS, **labels}
-        )
+        found: float | None = registry.get_sample_value(PREFIX + name, {**LABELS, **labels})
         return found
 
     return value

@@ -18,9 +18,7 @@ SOURCES = sorted(
     for folder in ("vllm_specplugin", "proposers", "scorers", "examples", "tests")
     for path in (ROOT / folder).rglob("*.py")
 )
-PACKAGE = [
-    p for p in SOURCES if p.relative_to(ROOT).parts[0] not in {"examples", "tests"}
-]
+PACKAGE = [p for p in SOURCES if p.relative_to(ROOT).parts[0] not in {"examples", "tests"}]
 
 
 def name(path: Path) -> str:
@@ -115,8 +113,7 @@ def test_one_module_reads_the_environment() -> None:
     found = {
         name(path): lines
         for path in PACKAGE
-        if name(path) != "vllm_specplugin/utils/env.py"
-        and (lines := list(environment_reads(path)))
+        if name(path) != "vllm_specplugin/utils/env.py" and (lines := list(environment_reads(path)))
     }
     assert found == {}
 

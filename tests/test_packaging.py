@@ -59,19 +59,13 @@ def installed_name(path: Path) -> str:
 
 def python(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        check=False,
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, check=False
     )
 
 
 def test_every_folder_with_code_is_listed(settings: dict[str, Any]) -> None:
     # A folder that is not listed works in development and is not in the wheel.
-    folders = {
-        Path(installed_name(path)).parent for path in sources() if path.suffix == ".py"
-    }
+    folders = {Path(installed_name(path)).parent for path in sources() if path.suffix == ".py"}
     on_disk = sorted(".".join(folder.parts) for folder in folders)
     assert settings["tool"]["setuptools"]["packages"] == on_disk
 
@@ -83,9 +77,7 @@ def test_every_package_has_an_init_file() -> None:
 
 def test_the_wheel_holds_every_source_file(wheel: list[str]) -> None:
     wanted = {
-        installed_name(path)
-        for path in sources()
-        if path.suffix in {".py", ".typed", ".txt"}
+        installed_name(path) for path in sources() if path.suffix in {".py", ".typed", ".txt"}
     }
     assert wanted <= set(wheel)
     assert f"{PACKAGE}/py.typed" in wheel

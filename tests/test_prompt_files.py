@@ -22,7 +22,7 @@ def test_conversations_give_the_first_turn_of_the_user(tmp_path):
         ' {"role": "user", "content": "asked"}]}\n'
         '{"conversations": [{"from": "human", "value": "shared"},'
         ' {"from": "gpt", "value": "answer"}]}\n'
-        '"a\u2028b"\n',
+        '"a\u2028b"\n'
     )
     assert read_prompts(lines) == ["first", "asked", "shared", "a\u2028b"]
     sharegpt = tmp_path / "p.json"

@@ -73,9 +73,7 @@ def test_tokens_per_step(script, depth, rate):
     assert sorted(proposer.released) == ["0", "1", "2"]
     # Every row of the text once for each answer, with what came from it.
     shown = [row for row in proposer.rows if row[2] >= 0]
-    assert {(t, top, e) for t, top, e in shown} == {
-        (t, t + 1, t + 1) for t in range(100, 119)
-    }
+    assert {(t, top, e) for t, top, e in shown} == {(t, t + 1, t + 1) for t in range(100, 119)}
     assert len(shown) == 3 * 19
     # The row that emitted the last known token: two before the next one's place.
     assert proposer.hidden[0] == 4.0

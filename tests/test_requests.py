@@ -9,11 +9,7 @@ import pytest
 from vllm_specplugin import SCORERS, ConfigError
 from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.scorers.typical import TypicalScorer
-from vllm_specplugin.step.request_options import (
-    RequestOptions,
-    RequestParser,
-    cache_scope,
-)
+from vllm_specplugin.step.request_options import RequestOptions, RequestParser, cache_scope
 
 
 def parse_request(values, config):
@@ -52,9 +48,7 @@ def test_a_request_chooses_a_scorer_its_options_and_its_nodes():
 
 
 def test_options_override_the_operators():
-    mine = SpecConfig(
-        scorer="typical", options={"scorer": {"epsilon": 0.5, "delta": 0.7}}
-    )
+    mine = SpecConfig(scorer="typical", options={"scorer": {"epsilon": 0.5, "delta": 0.7}})
     found = parse_request({"spec_epsilon": 0.1}, mine).settings
     assert (found.epsilon, found.delta) == (0.1, 0.7)
     # Another scorer's options are not the operator's.
@@ -199,9 +193,7 @@ def test_hostile_keys_are_refused_in_few_words():
 
 
 def test_requests_stay_within_the_operators_limits():
-    mine = SpecConfig(
-        scorer="typical", request_limits={"relax_share": 0.2, "epsilon": 0.5}
-    )
+    mine = SpecConfig(scorer="typical", request_limits={"relax_share": 0.2, "epsilon": 0.5})
     assert parse_request({"spec_relax_share": 0.2}, mine).settings.relax_share == 0.2
     message = r"spec_relax_share=0.3: expected at most 0.2, the operator's"
     with pytest.raises(ConfigError, match=message):
@@ -220,9 +212,7 @@ def test_scopes_are_kept_apart_by_all_that_is_given():
     assert len({cache_scope(*one) for one in given}) == len(given)
     assert cache_scope("", None, None) == "" == cache_scope("", "", None)
     # What a worker is told cannot be named by another request.
-    assert cache_scope(cache_scope("a", None, None), None, None) != cache_scope(
-        "a", None, None
-    )
+    assert cache_scope(cache_scope("a", None, None), None, None) != cache_scope("a", None, None)
 
 
 def test_an_operator_may_have_nothing_shared():

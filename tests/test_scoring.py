@@ -96,9 +96,7 @@ def test_every_device_gives_the_same(name):
     _, batch = random_batch(1, requests=6)
     probs = batch.draft_probs
     moved = replace(
-        batch,
-        logits=batch.logits.cuda(),
-        draft_probs=None if probs is None else probs.cuda(),
+        batch, logits=batch.logits.cuda(), draft_probs=None if probs is None else probs.cuda()
     )
     config = SpecConfig(scorer=name)
     here, there = (build(config, "scorer", ENGINE).score(b) for b in (batch, moved))

@@ -106,10 +106,7 @@ def test_a_restart_starts_warm(tmp_path):
     assert float(warm.seconds(shape(4, 10))[0]) > 0.12
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", "{}", '{"schema": 99}', "null"],
-)
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": 99}', "null"])
 def test_a_damaged_file_is_left_out(tmp_path, caplog, text):
     path = tmp_path / "times.json"
     path.write_text(text)

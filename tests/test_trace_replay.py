@@ -40,22 +40,16 @@ class Guesser:
         at = len(request.tokens)
         truth = text(int(request.req_id), 200)
         n = min(request.max_nodes, 8)
-        tokens = [
-            (truth[p] + 1) % 500 if p % 5 == 0 else truth[p] for p in range(at, at + n)
-        ]
+        tokens = [(truth[p] + 1) % 500 if p % 5 == 0 else truth[p] for p in range(at, at + n)]
         return DraftTree.chain(tokens, [0.75] * n)
 
     def release(self, req_ids):
         pass
 
 
-def record(
-    path, policy, options=None, *, requests=3, length=60, limit=5.0, greedy=True
-):
+def record(path, policy, options=None, *, requests=3, length=60, limit=5.0, greedy=True):
     """An engine in which a step takes 20 ms and 1 ms per row."""
-    made = build(
-        SpecConfig(policy=policy, options={"policy": options or {}}), "policy", ENGINE
-    )
+    made = build(SpecConfig(policy=policy, options={"policy": options or {}}), "policy", ENGINE)
     drafter = Drafter(Guesser(), made, SpecConfig(), ENGINE, SpecMetrics())
     drafter.trace = TraceWriter(path, limit, {"policy": policy}, ENGINE)
     at = dict.fromkeys(range(requests), PROMPT)

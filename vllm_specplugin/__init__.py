@@ -66,11 +66,7 @@ def speculate(
     from vllm_specplugin.vllm.frontend.args import engine_arguments
 
     return engine_arguments(
-        proposer=proposer,
-        scorer=scorer,
-        policy=policy,
-        max_nodes=max_nodes,
-        options=options or {},
+        proposer=proposer, scorer=scorer, policy=policy, max_nodes=max_nodes, options=options or {}
     )
 
 

@@ -24,13 +24,7 @@ from typing import Any
 
 import vllm_specplugin
 from vllm_specplugin.errors import ConfigError, complain
-from vllm_specplugin.redaction import (
-    Scrubber,
-    configuration,
-    environment,
-    log_lines,
-    steps,
-)
+from vllm_specplugin.redaction import Scrubber, configuration, environment, log_lines, steps
 from vllm_specplugin.step.trace import read_trace, reads_traces
 from vllm_specplugin.utils.env import child_environment
 
@@ -133,9 +127,7 @@ def _gather(
         parts |= _trace(trace)
     if url is not None:
         status = _status(url)
-        parts["configuration.json"] = _json(
-            configuration(status.pop("configuration", {}))
-        )
+        parts["configuration.json"] = _json(configuration(status.pop("configuration", {})))
         parts["status.json"] = _json(configuration(status))
     if text := "".join(f"{line}\n" for log in logs for line in _log(log)):
         parts["log.txt"] = text
@@ -147,9 +139,7 @@ def _trace(path: Path) -> dict[str, str]:
     header, recorded = read_trace(path)
     return {
         "configuration.json": _json(configuration(header.get("config", {}))),
-        "trace.jsonl": "".join(
-            f"{json.dumps(one)}\n" for one in steps(recorded[-_STEPS:])
-        ),
+        "trace.jsonl": "".join(f"{json.dumps(one)}\n" for one in steps(recorded[-_STEPS:])),
     }
 
 
@@ -180,17 +170,13 @@ def _machine() -> dict[str, Any]:
         "release": platform.release(),
         "machine": platform.machine(),
         "cpus": len(os.sched_getaffinity(0)),
-        "memory_gib": round(
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1
-        ),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
     }
     try:
         import torch
     except ImportError:
         return machine
-    machine["gpus"] = [
-        torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
-    ]
+    machine["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     machine["cuda"], machine["hip"] = torch.version.cuda, torch.version.hip
     return machine
 
@@ -200,9 +186,7 @@ def _status(url: str) -> dict[str, Any]:
     try:
         if not url.startswith(("http://", "https://")):
             raise ValueError("no http address")
-        with urllib.request.urlopen(
-            f"{url.rstrip('/')}/specplugin/status", timeout=30
-        ) as response:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/specplugin/status", timeout=30) as response:
             found = json.load(response)
     except (OSError, ValueError) as error:
         return {"unreachable": 1, type(error).__name__: 1}

@@ -65,12 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         "demo", help="measure speed and compare text on a small embedded model"
     )
     demo.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
-    demo.add_argument(
-        "--rounds", type=int, default=3, help="interleaved rounds (default: 3)"
-    )
-    demo.add_argument(
-        "--max-tokens", type=int, default=48, help="tokens per request (default: 48)"
-    )
+    demo.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default: 3)")
+    demo.add_argument("--max-tokens", type=int, default=48, help="tokens per request (default: 48)")
     demo.set_defaults(run=_demo)
     _add_replay(commands)
     _add_tune(commands)
@@ -82,9 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_replay(commands: Any) -> None:
-    replay = commands.add_parser(
-        "replay", help="run policies on traces written with --spec-trace"
-    )
+    replay = commands.add_parser("replay", help="run policies on traces written with --spec-trace")
     replay.add_argument("traces", nargs="+", type=Path, metavar="TRACE")
     replay.add_argument(
         "--policy",
@@ -92,18 +86,12 @@ def _add_replay(commands: Any) -> None:
         metavar="NAME[:JSON]",
         help="repeat to compare (default: fixed with 2, 4, 8 and 16 nodes, goodput)",
     )
+    replay.add_argument("--batch", type=int, help="requests at a time (default: as recorded)")
     replay.add_argument(
-        "--batch", type=int, help="requests at a time (default: as recorded)"
-    )
-    replay.add_argument(
-        "--load",
-        metavar="N*STEPS,...",
-        help="requests at a time by step, such as 1*50,32*50,1*50",
+        "--load", metavar="N*STEPS,...", help="requests at a time by step, such as 1*50,32*50,1*50"
     )
     replay.add_argument("--seed", type=int, default=0, help="of the noise of steps")
-    replay.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw nodes by step (.svg, .png)"
-    )
+    replay.add_argument("--plot", type=Path, metavar="FILE", help="draw nodes by step (.svg, .png)")
     replay.set_defaults(run=_replay)
 
 
@@ -112,9 +100,7 @@ def _add_calibration(commands: Any) -> None:
         "calibration", help="compare proposers' estimates with what happened"
     )
     report.add_argument("traces", nargs="+", type=Path, metavar="TRACE")
-    report.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw reliability (.svg, .png)"
-    )
+    report.add_argument("--plot", type=Path, metavar="FILE", help="draw reliability (.svg, .png)")
     report.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     report.set_defaults(run=_calibration)
 
@@ -171,14 +157,10 @@ def _doctor(args: argparse.Namespace) -> int:
     if args.bundle is not None:
         from vllm_specplugin.bundle import write_bundle
 
-        names = write_bundle(
-            args.bundle, lines, logs=args.log, trace=args.trace, url=args.url
-        )
+        names = write_bundle(args.bundle, lines, logs=args.log, trace=args.trace, url=args.url)
         print(f"{args.bundle}: {', '.join(names)}; look through it before you send it")
     elif args.log or args.trace or args.url:
-        raise ConfigError(
-            complain("--log, --trace or --url", "--bundle FILE beside it", "add it")
-        )
+        raise ConfigError(complain("--log, --trace or --url", "--bundle FILE beside it", "add it"))
     return 1 if bad else 0
 
 

@@ -19,24 +19,12 @@ from vllm_specplugin.errors import ConfigError, complain, shown
 from vllm_specplugin.registry import POLICIES, PROPOSERS, SCORERS, Registry
 from vllm_specplugin.trees.tree import MAX_NODES
 
-__all__ = [
-    "CONFIG_KEY",
-    "ROLES",
-    "SpecConfig",
-    "build",
-    "check_option",
-    "option",
-    "parse_options",
-]
+__all__ = ["CONFIG_KEY", "ROLES", "SpecConfig", "build", "check_option", "option", "parse_options"]
 
 CONFIG_KEY = "specplugin"
 """Our key in vLLM's ``additional_config``."""
 
-ROLES: Mapping[str, Registry] = {
-    "proposer": PROPOSERS,
-    "scorer": SCORERS,
-    "policy": POLICIES,
-}
+ROLES: Mapping[str, Registry] = {"proposer": PROPOSERS, "scorer": SCORERS, "policy": POLICIES}
 
 T = TypeVar("T")
 
@@ -51,8 +39,7 @@ def option(
 ) -> Any:
     """A dataclass field with its limits (inclusive) and one line of help."""
     return dataclasses.field(
-        default=default,
-        metadata={"help": help, "low": low, "high": high, "choices": choices},
+        default=default, metadata={"help": help, "low": low, "high": high, "choices": choices}
     )
 
 
@@ -68,9 +55,7 @@ def parse_options(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         ConfigError: unknown key, wrong type, or value out of range.
     """
     if not isinstance(values, Mapping):
-        raise ConfigError(
-            complain(f"{where} {values!r}", "an object", "write it as JSON: {}")
-        )
+        raise ConfigError(complain(f"{where} {values!r}", "an object", "write it as JSON: {}"))
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - set(fields)):
         raise ConfigError(
@@ -116,20 +101,14 @@ def _check(value: Any, hint: Any, field: dataclasses.Field[Any], where: str) -> 
     if choices is not None:
         if value not in choices:
             raise ConfigError(
-                complain(
-                    f"{where}={shown(value)}", f"one of {', '.join(choices)}", remedy
-                )
+                complain(f"{where}={shown(value)}", f"one of {', '.join(choices)}", remedy)
             )
     elif not ok:
         raise ConfigError(
-            complain(
-                f"{where}={shown(value)}", f"a value of type {kind.__name__}", remedy
-            )
+            complain(f"{where}={shown(value)}", f"a value of type {kind.__name__}", remedy)
         )
     # Written so that NaN fails too.
-    if (low is not None and not value >= low) or (
-        high is not None and not value <= high
-    ):
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
         bounds = (
             f"at least {low}"
             if high is None
@@ -152,13 +131,9 @@ class SpecConfig:
     proposer: str = option("suffix", "what drafts")
     scorer: str = option("exact", "what decides acceptance")
     policy: str = option("goodput", "how much to draft, for whom")
-    max_nodes: int = option(
-        16, "most draft tokens per request and step", low=1, high=MAX_NODES
-    )
+    max_nodes: int = option(16, "most draft tokens per request and step", low=1, high=MAX_NODES)
     draft_timeout_ms: float = option(
-        100.0,
-        "drafts of a proposer call that takes longer are dropped and counted",
-        low=0.001,
+        100.0, "drafts of a proposer call that takes longer are dropped and counted", low=0.001
     )
     max_failures: int = option(
         10, "failed proposer calls in a row before it is switched off", low=1
@@ -207,13 +182,7 @@ class SpecConfig:
 
     @classmethod
     def from_flags(
-        cls,
-        *,
-        proposer: str,
-        scorer: str,
-        policy: str,
-        max_nodes: int,
-        options: Mapping[str, Any],
+        cls, *, proposer: str, scorer: str, policy: str, max_nodes: int, options: Mapping[str, Any]
     ) -> SpecConfig:
         """From the command line, where ``options`` holds the algorithms'
         options by role (``{"proposer": {...}}``) and the remaining settings."""
@@ -294,11 +263,7 @@ def resolve(config: SpecConfig, role: str) -> tuple[Callable[..., Any], Any]:
         return factory, parse_options(options_class, values, f"{name} options")
     if values:
         raise ConfigError(
-            complain(
-                f"options {values!r} for {role} {name!r}",
-                "no options",
-                "leave them out",
-            )
+            complain(f"options {values!r} for {role} {name!r}", "no options", "leave them out")
         )
     return factory, None
 

@@ -23,9 +23,7 @@ _HARMLESS = re.compile(
     re.IGNORECASE,
 )
 _NAME = re.compile(r"[A-Za-z_][\w.:+-]{0,63}")
-_SETTINGS = frozenset(
-    ("proposer", "scorer", "policy", "cache_scope", "request_scorers", "members")
-)
+_SETTINGS = frozenset(("proposer", "scorer", "policy", "cache_scope", "request_scorers", "members"))
 """Settings whose values are names; a string anywhere else may be anything."""
 
 _LINE = re.compile(
@@ -104,12 +102,7 @@ def steps(lines: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         kept |= {k: int(line[k]) for k in ("dn", "p", "m") if k in line}
         kept["r"] = [[*map(int, r[:5]), len(r[5])] for r in line.get("r", ())]
         kept["f"] = [
-            [
-                int(f[0]),
-                int(f[1]),
-                len(f[2]),
-                *(list(map(int, part)) for part in f[3:6]),
-            ]
+            [int(f[0]), int(f[1]), len(f[2]), *(list(map(int, part)) for part in f[3:6])]
             for f in line.get("f", ())
         ]
         yield kept

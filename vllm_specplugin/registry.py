@@ -130,9 +130,7 @@ PROPOSERS = Registry(
         "none": "vllm_specplugin.proposers.none:NoProposer",
         "ngram": "vllm_specplugin.proposers.ngram:NgramProposer",
         "suffix": "vllm_specplugin.proposers.suffix:SuffixProposer",
-        "token_recycling": (
-            "vllm_specplugin.proposers.token_recycling:TokenRecyclingProposer"
-        ),
+        "token_recycling": ("vllm_specplugin.proposers.token_recycling:TokenRecyclingProposer"),
         **{
             f"vllm:{method}": f"vllm_specplugin.proposers.vllm_native:{method}"
             for method in ("draft_model", "eagle", "eagle3", "mtp", "ngram", "suffix")

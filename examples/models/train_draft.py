@@ -20,13 +20,7 @@ from transformers import LlamaForCausalLM
 
 def main() -> None:
     """Trains, evaluates and saves."""
-    made = parser(
-        __doc__.partition("\n")[0],
-        hidden=192,
-        layers=3,
-        intermediate=512,
-        tokens=8.5e6,
-    )
+    made = parser(__doc__.partition("\n")[0], hidden=192, layers=3, intermediate=512, tokens=8.5e6)
     made.add_argument("--target", type=Path, default=HERE / "target")
     args = made.parse_args()
     dtype = torch.bfloat16 if args.bfloat16 else torch.float32
@@ -53,10 +47,7 @@ def main() -> None:
             p, q = log_probs(rows)
             same.append((p.argmax(-1) == q.argmax(-1)).float().mean().item())
             overlap.append(torch.minimum(p, q).exp().sum(-1).mean().item())
-        return (
-            f"same argmax {sum(same) / len(same):.3f}, "
-            f"1 - TV {sum(overlap) / len(overlap):.3f}"
-        )
+        return f"same argmax {sum(same) / len(same):.3f}, 1 - TV {sum(overlap) / len(overlap):.3f}"
 
     train(draft, loss, report, args, settings(args, weight_decay=0.05), length=WINDOW)
 

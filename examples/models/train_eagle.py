@@ -27,11 +27,7 @@ from torch.nn import functional as F
 from training import HERE, WINDOW, Settings, batches, load_ids
 from transformers import LlamaForCausalLM
 
-from vllm_specplugin.heads.eagle import (
-    EagleHead,
-    EagleShape,
-    save_eagle,
-)
+from vllm_specplugin.heads.eagle import EagleHead, EagleShape, save_eagle
 
 DECAY = 0.8
 LAYERS = (2, 4, 5)
@@ -160,15 +156,11 @@ def arguments() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--state", type=Path, help="where to stop and go on")
     made.add_argument("--minutes", type=float, default=1e9, help="stop after that many")
-    made.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return made
 
 
-def train(
-    head: EagleHead, teacher: Teacher, chosen: Settings, args: argparse.Namespace
-) -> None:
+def train(head: EagleHead, teacher: Teacher, chosen: Settings, args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(
         head.parameters(), betas=(0.9, 0.95), weight_decay=chosen.weight_decay
     )
@@ -179,11 +171,7 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     source = batches(
-        load_ids(args.data, "train"),
-        chosen.batch,
-        WINDOW,
-        seed=chosen.seed,
-        device=args.device,
+        load_ids(args.data, "train"), chosen.batch, WINDOW, seed=chosen.seed, device=args.device
     )
     started, average, step = time.monotonic(), None, first
     for step, rows in enumerate(islice(source, first, chosen.steps), first):
@@ -199,19 +187,12 @@ def train(
         average = now if average is None else 0.95 * average + 0.05 * now
         minutes = (time.monotonic() - started) / 60
         if step % 25 == 0:
-            print(
-                f"step {step + 1}/{chosen.steps}: {average:.3f}, {minutes:.1f} min",
-                flush=True,
-            )
+            print(f"step {step + 1}/{chosen.steps}: {average:.3f}, {minutes:.1f} min", flush=True)
         if minutes > args.minutes:
             break
     if args.state is not None:
         torch.save(
-            {
-                "head": head.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step + 1,
-            },
+            {"head": head.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1},
             args.state,
         )
 

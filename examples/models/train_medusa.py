@@ -37,9 +37,7 @@ def main() -> None:
         learning_rate=args.learning_rate,
         lm_head=args.lm_head,
     )
-    ids, held = (
-        read_tokens(args.data / f"{n}.npy", str(args.target)) for n in ("train", "held")
-    )
+    ids, held = (read_tokens(args.data / f"{n}.npy", str(args.target)) for n in ("train", "held"))
     found = train_heads(load_target(str(args.target)), ids, held, settings, args.output)
     for k, values in enumerate(found):
         told = ", ".join(f"{name} {value:.3f}" for name, value in values.items())

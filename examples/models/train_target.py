@@ -19,11 +19,7 @@ from training import WINDOW, autocast, new_llama, parser, settings, train
 def main() -> None:
     """Trains, evaluates and saves."""
     args = parser(
-        __doc__.partition("\n")[0],
-        hidden=256,
-        layers=6,
-        intermediate=704,
-        tokens=14e6,
+        __doc__.partition("\n")[0], hidden=256, layers=6, intermediate=704, tokens=14e6
     ).parse_args()
     model = new_llama(args)
 
@@ -38,14 +34,7 @@ def main() -> None:
         values = [loss(rows).item() for rows in islice(held, 6)]
         return f"{sum(values) / len(values):.3f} nats per token"
 
-    train(
-        model,
-        loss,
-        report,
-        args,
-        settings(args, weight_decay=0.1),
-        length=WINDOW + 1,
-    )
+    train(model, loss, report, args, settings(args, weight_decay=0.1), length=WINDOW + 1)
 
 
 if __name__ == "__main__":

@@ -67,12 +67,8 @@ def parser(
     made.add_argument("--learning-rate", type=float, default=2e-3)
     made.add_argument("--batch", type=int, default=12, help=f"windows of {WINDOW}")
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument(
-        "--tokenizer", type=Path, default=HERE / "target", help="folder that has it"
-    )
-    made.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    made.add_argument("--tokenizer", type=Path, default=HERE / "target", help="folder that has it")
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument(
         "--bfloat16",
         action=argparse.BooleanOptionalAction,
@@ -125,9 +121,7 @@ def load_ids(folder: Path, name: str) -> Ids:
     return ids
 
 
-def batches(
-    ids: Ids, count: int, length: int, *, seed: int, device: str
-) -> Iterator[Tensor]:
+def batches(ids: Ids, count: int, length: int, *, seed: int, device: str) -> Iterator[Tensor]:
     """Endless ``[count, length]`` windows from random places."""
     order = np.random.default_rng(seed)
     while True:
@@ -153,9 +147,7 @@ def train(
 ) -> None:
     """Minimises ``loss``, prints progress and ``report``, saves the model."""
     train_ids, held_ids = load_ids(args.data, "train"), load_ids(args.data, "held")
-    source = batches(
-        train_ids, chosen.batch, length, seed=chosen.seed, device=args.device
-    )
+    source = batches(train_ids, chosen.batch, length, seed=chosen.seed, device=args.device)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
     optimizer = torch.optim.AdamW(
@@ -180,8 +172,7 @@ def train(
         if step % 100 == 0 or last:
             speed = (step + 1) * chosen.batch * WINDOW / (time.monotonic() - started)
             print(
-                f"step {step + 1}/{chosen.steps}: loss {average:.3f}, "
-                f"{speed:.0f} tokens/s",
+                f"step {step + 1}/{chosen.steps}: loss {average:.3f}, {speed:.0f} tokens/s",
                 flush=True,
             )
         if step % chosen.evaluate_every == chosen.evaluate_every - 1 or last:

@@ -100,8 +100,7 @@ class Member:
                 logger.exception("fused: member %r failed, counted", self.name)
             if self.failures_in_row == MAX_FAILURES:
                 logger.error(
-                    "fused: member %r is left out until restart after %d failures "
-                    "in a row",
+                    "fused: member %r is left out until restart after %d failures in a row",
                     self.name,
                     self.failures_in_row,
                 )
@@ -118,9 +117,7 @@ class Member:
             sampled: ``[requests]`` whether they decode at a temperature.
         """
         cases = sampled * (len(_EDGES) + 1) + np.searchsorted(_EDGES, reached, "right")
-        added, seen, refused = (
-            x.reshape(-1) for x in (self._added, self._seen, self._refused)
-        )
+        added, seen, refused = (x.reshape(-1) for x in (self._added, self._seen, self._refused))
         price = ctx.rate * self._seconds(len(cases)) / len(cases)
         # What a trial may lose is what it costs less what it should win.
         due = np.clip((price - added[cases]) / _TRIAL, 1, _STALE)

@@ -78,9 +78,7 @@ def merge(
 
 
 @jit
-def likeliest(
-    starts: Ints, parents: Ints, values: Floats, most: Ints, keep: Bools
-) -> None:
+def likeliest(starts: Ints, parents: Ints, values: Floats, most: Ints, keep: Bools) -> None:
     """Marks the nodes of each tree most likely to be accepted, parents with them.
 
     Args:
@@ -107,9 +105,7 @@ def likeliest(
 
 
 @jit
-def pack(
-    starts: Ints, parents: Ints, keep: Bools, out_starts: Ints, out_parents: Ints
-) -> None:
+def pack(starts: Ints, parents: Ints, keep: Bools, out_starts: Ints, out_parents: Ints) -> None:
     """Parents of kept nodes within their own trees.
 
     Args:

@@ -1,6 +1,6 @@
 """Drafting from indexed histories: what ``ngram`` and ``suffix`` share.
 
-The work of a batch is one compiled call (:mod:`vllm_specplugin.proposers._history.grow_numba`); this class
+The work of a batch is one compiled call (:mod:`.grow_numba`); this class
 keeps the books around it: which request owns which segment of the index, and
 what of its tokens the index has already seen.
 """
@@ -36,7 +36,7 @@ _WORD = (1 << 64) - 1
 
 
 def make_rule(**values: Any) -> Rule:
-    """A :class:`vllm_specplugin.proposers._history.votes_numba.Rule`, importing its compiled module only now."""
+    """A :class:`.votes_numba.Rule`, importing its compiled module only now."""
     from vllm_specplugin.proposers._history.votes_numba import Rule
 
     return Rule(**values)
@@ -58,10 +58,7 @@ class HistoryDrafter:
     """
 
     def __init__(self, rule: Rule, store_tokens: int, engine: EngineInfo) -> None:
-        from vllm_specplugin.proposers._history import (
-            grow_numba,
-            index_numba,
-        )
+        from vllm_specplugin.proposers._history import grow_numba, index_numba
 
         self._kernels, self._indexing = grow_numba, index_numba
         self._rule = rule

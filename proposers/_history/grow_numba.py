@@ -17,19 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.proposers._history.index_numba import (
-    STORE,
-    Index,
-    Int,
-    clear,
-    collect,
-    extend,
-)
-from vllm_specplugin.proposers._history.votes_numba import (
-    Rule,
-    estimate_coupled,
-    interpolate,
-)
+from vllm_specplugin.proposers._history.index_numba import STORE, Index, Int, clear, collect, extend
+from vllm_specplugin.proposers._history.votes_numba import Rule, estimate_coupled, interpolate
 from vllm_specplugin.utils.jit import inner, jit
 
 __all__ = ["CHANGED", "WIDTH", "Batch", "Drafts", "draft_batch"]
@@ -217,9 +206,7 @@ def keep_longest(row: Int, s: Scratch) -> None:
 
 
 @inner
-def inherit(
-    index: Index, slot: Int, parent: Int, node: Int, token: Int, s: Scratch
-) -> None:
+def inherit(index: Index, slot: Int, parent: Int, node: Int, token: Int, s: Scratch) -> None:
     """Fills a node's row with those of its parent's that took its token."""
     source, row = parent + 1, node + 1
     kept = 0
@@ -296,9 +283,7 @@ def expand(
         s.estimates,
     )
     if coupled:
-        estimate_coupled(
-            s.candidates, s.q, n, seed, position, rule.trust, s.estimates, rule.noise
-        )
+        estimate_coupled(s.candidates, s.q, n, seed, position, rule.trust, s.estimates, rule.noise)
     else:
         for i in range(n):
             s.estimates[i] = s.q[i]
@@ -318,9 +303,7 @@ def expand(
 
 
 @inner
-def grow(
-    index: Index, batch: Batch, request: Int, rule: Rule, drafts: Drafts, s: Scratch
-) -> Int:
+def grow(index: Index, batch: Batch, request: Int, rule: Rule, drafts: Drafts, s: Scratch) -> Int:
     """Drafts the tree of one request; returns its number of nodes."""
     slot, length = batch.slots[request], batch.lengths[request]
     coupled = rule.coupled and batch.temperatures[request] > 0.0
@@ -328,9 +311,7 @@ def grow(
     stored, scope = batch.stored[request], batch.scopes[request]
     tokens, parents = drafts.tokens[request], drafts.parents[request]
     look_up(index, slot, rule, tokens, parents, np.int64(-1), s, stored, scope)
-    queued = expand(
-        index, slot, rule, np.int64(-1), 1.0, np.int64(0), coupled, seed, length, s
-    )
+    queued = expand(index, slot, rule, np.int64(-1), 1.0, np.int64(0), coupled, seed, length, s)
     size, most = 0, batch.max_nodes[request]
     if batch.max_depth[request] < 1:
         return size
@@ -373,10 +354,7 @@ def synchronise(index: Index, batch: Batch, request: Int) -> bool:
         clear(index, slot)
     offset, mask = index.offsets[slot], index.masks[slot]
     for position in range(first, known):
-        if (
-            index.text[offset + (position & mask)]
-            != batch.tails[start + position - first]
-        ):
+        if index.text[offset + (position & mask)] != batch.tails[start + position - first]:
             return False
     extend(index, slot, batch.tails[start + known - first : stop])
     return True

@@ -27,17 +27,7 @@ import numpy.typing as npt
 
 from vllm_specplugin.utils.jit import inner, jit
 
-__all__ = [
-    "ORDERS",
-    "SEPARATOR",
-    "STORE",
-    "Index",
-    "Int",
-    "absorb",
-    "clear",
-    "collect",
-    "extend",
-]
+__all__ = ["ORDERS", "SEPARATOR", "STORE", "Index", "Int", "absorb", "clear", "collect", "extend"]
 
 IntArray = npt.NDArray[np.int32]
 LongArray = npt.NDArray[np.int64]
@@ -157,9 +147,7 @@ def refill(index: Index, text: IntArray, scopes: LongArray) -> None:
 
 
 @inner
-def match_length(
-    index: Index, slot: Int, position: Int, context: IntArray, limit: Int
-) -> Int:
+def match_length(index: Index, slot: Int, position: Int, context: IntArray, limit: Int) -> Int:
     """Tokens that the text up to ``position`` shares with ``context``.
 
     Args:
@@ -169,10 +157,7 @@ def match_length(
     offset, mask = index.offsets[slot], index.masks[slot]
     reach = min(limit, position - max(0, index.ends[slot] - mask - 1) + 1)
     length = 0
-    while (
-        length < reach
-        and index.text[offset + ((position - length) & mask)] == context[length]
-    ):
+    while length < reach and index.text[offset + ((position - length) & mask)] == context[length]:
         length += 1
     return length
 

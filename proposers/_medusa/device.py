@@ -1,7 +1,7 @@
 """``medusa`` on the device: heads, candidates and trees without a look at the host.
 
 Every request gets as many nodes. Candidates and their estimates are those of
-:mod:`vllm_specplugin.proposers._model_tree.growth`, trees those of :mod:`vllm_specplugin.proposers._medusa.product_tree`: the nodes with the largest
+:mod:`._model_tree.growth`, trees those of :mod:`.product_tree`: the nodes with the largest
 product of estimates along their path. Of one depth no more than the ``n`` worthiest
 can be among the ``n`` worthiest of all, and what stands above a node is worthier
 than it, so the tree is found depth by depth in a fixed number of operations.
@@ -138,9 +138,7 @@ class DeviceMedusa:
         likely = torch.exp(best / spreads - total)
         return tokens.swapaxes(0, 1), likely.swapaxes(0, 1)
 
-    def observe_rows(
-        self, tokens: torch.Tensor, top: torch.Tensor, emitted: torch.Tensor
-    ) -> None:
+    def observe_rows(self, tokens: torch.Tensor, top: torch.Tensor, emitted: torch.Tensor) -> None:
         """Nothing to learn."""
 
 

@@ -52,9 +52,7 @@ class TreeDrafter:
             0.02, "nodes less likely to be accepted are not drafted", low=0, high=1
         )
         spread: float = option(
-            0.6,
-            "how far the draft model's logits are off; higher means less confident",
-            low=0.01,
+            0.6, "how far the draft model's logits are off; higher means less confident", low=0.01
         )
         choose: str = option(
             "coupled",
@@ -63,15 +61,11 @@ class TreeDrafter:
             choices=("coupled", "likeliest", "drawn"),
         )
         engine: Mapping[str, Any] = field(
-            default_factory=dict,
-            metadata={"help": "further keys of vLLM's speculative_config"},
+            default_factory=dict, metadata={"help": "further keys of vLLM's speculative_config"}
         )
 
     def __init__(
-        self,
-        config: Config,
-        engine: EngineInfo,
-        clock: Callable[[], float] = time.perf_counter,
+        self, config: Config, engine: EngineInfo, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self._spread = config.spread
         self._shape = Shape(

@@ -16,7 +16,7 @@ with probability::
 s is learnt from what the target emitted. For T = 0 and s = 1 this is the draft
 model's own probability, which EAGLE-2 (2406.16858) takes for acceptance.
 
-For rules that weigh p with q, children can be drawn from q instead (:mod:`vllm_specplugin.proposers._model_tree.sampled`).
+For rules that weigh p with q, children can be drawn from q instead (:mod:`.sampled`).
 
 Trees grow as in EAGLE-2 and OPT-Tree (2406.17276): of each level the nodes with
 the highest path probability are run through the draft model, and in the end all
@@ -205,11 +205,7 @@ def couple(
 
 
 def _noise(
-    views: Sequence[RequestView],
-    owners: Ints,
-    depth: int | Ints,
-    logits: torch.Tensor,
-    kind: int,
+    views: Sequence[RequestView], owners: Ints, depth: int | Ints, logits: torch.Tensor, kind: int
 ) -> tuple[torch.Tensor, Ints]:
     """The noise of some rows, ``[n, vocab]``, once for those of one request and
     depth, and ``[m]`` which of it is each row's: -1 for none, at T = 0."""
@@ -243,9 +239,7 @@ def _cut(logits: torch.Tensor, views: Sequence[RequestView]) -> torch.Tensor:
     scale = torch.tensor([v.temperature for v in views], device=device)[:, None]
     ordered, order = logits.sort(dim=-1, descending=True)
     probs = (ordered / scale).softmax(dim=-1)
-    out = (
-        torch.arange(size, device=device) >= torch.from_numpy(tops).to(device)[:, None]
-    )
+    out = torch.arange(size, device=device) >= torch.from_numpy(tops).to(device)[:, None]
     probs = probs.masked_fill(out, 0.0)
     probs /= probs.sum(dim=-1, keepdim=True)
     above = probs.cumsum(dim=-1) - probs

@@ -1,6 +1,6 @@
 """The largest keys of rows of logits, compiled: on a CPU it runs at every level.
 
-What keys are is said in :mod:`vllm_specplugin.proposers._model_tree.growth`, whose tensor form of this is the readable
+What keys are is said in :mod:`.growth`, whose tensor form of this is the readable
 one. Importing this module imports numba and compiles, so do it late.
 """
 
@@ -77,8 +77,6 @@ def best_keys(
             total += part
         for i in range(most):
             if total > 0:
-                estimates[row, i] = (
-                    math.exp((largest[i] - largest[0]) * inverse) / total
-                )
+                estimates[row, i] = math.exp((largest[i] - largest[0]) * inverse) / total
             else:  # no token is possible
                 estimates[row, i] = 0.0

@@ -151,14 +151,9 @@ class DeviceRecycling:
         tree, tree_parents = self._fill(self._tree, ctx)
         chain, chain_parents = self._fill(self._chain, ctx)
         only = ctx.chains[:, None]
-        return (
-            torch.where(only, chain, tree),
-            torch.where(only, chain_parents, tree_parents),
-        )
+        return (torch.where(only, chain, tree), torch.where(only, chain_parents, tree_parents))
 
-    def _fill(
-        self, shape: _Levels, ctx: DeviceContext
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _fill(self, shape: _Levels, ctx: DeviceContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and parents of trees of one shape, level by level."""
         count, blank = len(ctx.last), len(self._matrix) - 1
         tokens = torch.full((count, self._nodes), -1, device=self._device)
@@ -171,23 +166,17 @@ class DeviceRecycling:
             tokens[:, nodes] = rows.gather(-1, found)[..., 0]
         return tokens, shape.parents.expand(count, -1)
 
-    def _order(
-        self, rows: torch.Tensor, ctx: DeviceContext, depth: int
-    ) -> torch.Tensor:
+    def _order(self, rows: torch.Tensor, ctx: DeviceContext, depth: int) -> torch.Tensor:
         """``[r, m, k]`` successors in the order in which the target, if it agreed
         with the shares, would choose them."""
         noise = gumbel_tensor(
-            ctx.seeds[:, None, None],
-            (ctx.positions + depth - 1)[:, None, None],
-            rows.clamp(min=0),
+            ctx.seeds[:, None, None], (ctx.positions + depth - 1)[:, None, None], rows.clamp(min=0)
         )
         noise = noise * ((ctx.temperatures > 0) & self._coupled)[:, None, None]
         keys = (self._shares.log() + noise).masked_fill(rows < 0, float("-inf"))
         return keys.argsort(dim=-1, descending=True, stable=True)
 
-    def observe_rows(
-        self, tokens: torch.Tensor, top: torch.Tensor, emitted: torch.Tensor
-    ) -> None:
+    def observe_rows(self, tokens: torch.Tensor, top: torch.Tensor, emitted: torch.Tensor) -> None:
         """See :class:`~vllm_specplugin.api.roles.RowObserver`."""
         blank = len(self._matrix) - 1
         known = (tokens >= 0) & (tokens < blank)

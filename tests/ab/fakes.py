@@ -64,13 +64,7 @@ class FakeEngine:
             "logprobs": [[-1.0] * count for _ in tokens],
             "requests": [{"tokens": count, "decode_s": seconds} for _ in tokens],
             "spec": dict(SPEC),
-            "parts": {
-                "draft": 1.0,
-                "verify": 2.0,
-                "sample": 0.5,
-                "host": 0.5,
-                "steps": 8,
-            }
+            "parts": {"draft": 1.0, "verify": 2.0, "sample": 0.5, "host": 0.5, "steps": 8}
             if request["parts"]
             else None,
         }

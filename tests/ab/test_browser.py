@@ -39,9 +39,7 @@ def test_the_report_opens_and_can_be_read(page, tmp_path, served):
         shot = SHOTS / f"report-{kind}-{scheme}-{width}.png"
         page.screenshot(shot)
         assert shot.stat().st_size > 20_000
-        assert page.evaluate("document.querySelector('h1').innerText") == (
-            "Does speculation pay?"
-        )
+        assert page.evaluate("document.querySelector('h1').innerText") == ("Does speculation pay?")
         # nothing sticks out of the page
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")

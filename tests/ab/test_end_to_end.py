@@ -85,9 +85,10 @@ def test_a_variant_that_dies_in_mid_run_is_a_row(finished):
 def test_texts_are_the_same_where_they_should_be(finished):
     _, report, _ = finished
     cold, warm = rows(report), rows(report, 1)
-    assert [
-        (one["to"], one["identical"]) for one in cold[OURS]["text"]["compared"]
-    ] == [("baseline", 6), ("itself without drafts", 2)]
+    assert [(one["to"], one["identical"]) for one in cold[OURS]["text"]["compared"]] == [
+        ("baseline", 6),
+        ("itself without drafts", 2),
+    ]
     assert cold["vllm:ngram"]["text"]["compared"][0]["identical"] == 6
     assert warm[OURS]["text"]["compared"][0]["identical"] == 2
 
@@ -98,9 +99,7 @@ def test_drafts_are_counted_on_both_sides_and_vllms_defect_is_mended(finished):
     for name in ("vllm:ngram", OURS):
         drafts = cold[name]["drafts"]
         assert 0 < drafts["accepted"] <= drafts["drafted"]
-        assert sum(drafts["by_depth"]) * drafts["drafts"] == pytest.approx(
-            drafts["accepted"]
-        )
+        assert sum(drafts["by_depth"]) * drafts["drafts"] == pytest.approx(drafts["accepted"])
     assert cold["baseline"]["drafts"]["drafts"] == 0
     assert [v["repaired"] for v in report["variants"]] == [False, True, False, False]
     assert "defect of vLLM 0.32 mended" in (out / "report.md").read_text()

@@ -44,9 +44,7 @@ def timed() -> list[tuple[str, dict]]:
     return [
         (name, request)
         for name, do, request in FakeEngine.log
-        if do == "measure"
-        and request["params"][0]["max_tokens"] == 8
-        and not request["parts"]
+        if do == "measure" and request["params"][0]["max_tokens"] == 8 and not request["parts"]
     ]
 
 
@@ -80,16 +78,10 @@ def test_ours_forgets_before_every_run_and_gets_its_settings_back():
         if after == "measure":
             assert do == "reset"
     changes = [r["changes"] for do, r in ours if do == "reset"]
-    own = {
-        "proposer": "suffix",
-        "policy": "goodput",
-        "options": {"proposer": {"max_match": 8}},
-    }
+    own = {"proposer": "suffix", "policy": "goodput", "options": {"proposer": {"max_match": 8}}}
     assert changes.count(own) == 2 + 3 * 2 + 2
     assert [c["proposer"] for c in changes if c != own] == ["none", "none"]
-    assert not any(
-        do == "reset" for name, do, _ in FakeEngine.log if name == "baseline"
-    )
+    assert not any(do == "reset" for name, do, _ in FakeEngine.log if name == "baseline")
 
 
 def test_tokens_are_counted_in_what_comes_out_and_warming_up_is_not():
@@ -158,9 +150,7 @@ def test_engine_settings_are_the_same_but_for_what_the_variant_says():
             started[name] = settings
 
     module.EngineProcess = Watched
-    plan = planned(
-        "baseline", "vllm:ngram", "suffix", engine={"dtype": "float32"}, prefill=True
-    )
+    plan = planned("baseline", "vllm:ngram", "suffix", engine={"dtype": "float32"}, prefill=True)
     run(plan)
     engines = {name: dict(s["engine"]) for name, s in started.items()}
     assert engines["vllm:ngram"].pop("speculative_config")["method"] == "ngram"

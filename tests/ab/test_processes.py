@@ -48,8 +48,7 @@ def engine(runner, world_size=1):
     parallel = SimpleNamespace(world_size=world_size)
     config = SimpleNamespace(parallel_config=parallel)
     return SimpleNamespace(
-        llm_engine=SimpleNamespace(vllm_config=config),
-        collective_rpc=lambda call: [call(worker)],
+        llm_engine=SimpleNamespace(vllm_config=config), collective_rpc=lambda call: [call(worker)]
     )
 
 
@@ -81,11 +80,7 @@ def test_parts_are_put_back_after_a_failure_and_unknown_where_not_to_be_had():
 def test_counts_are_differences_and_depths_end_at_the_last_accepted():
     before = {"drafts": 2, "accepted": 1, "accepted_by_depth": []}
     after = {"drafts": 7, "accepted": 9, "accepted_by_depth": [5, 3, 0]}
-    assert _difference(after, before) == {
-        "drafts": 5,
-        "accepted": 8,
-        "accepted_by_depth": [5, 3],
-    }
+    assert _difference(after, before) == {"drafts": 5, "accepted": 8, "accepted_by_depth": [5, 3]}
 
 
 def test_requests_and_their_logprobs():

@@ -57,9 +57,7 @@ def test_a_file_and_its_hash(tmp_path):
 def test_what_is_wrong_is_said(tmp_path):
     path = tmp_path / "p.txt"
     path.write_text("one\n")
-    with pytest.raises(
-        PromptFileError, match=r"1 prompts.*at least 2.*lower the batch"
-    ):
+    with pytest.raises(PromptFileError, match=r"1 prompts.*at least 2.*lower the batch"):
         load_prompts(str(path), most=9, least=2, tokens=64)
     with pytest.raises(SpecPluginError, match=r"builtin:nope.*builtin:code"):
         load("nope")

@@ -10,12 +10,7 @@ import pytest
 from vllm_specplugin.errors import SpecPluginError
 from vllm_specplugin.tools.ab.command import write_report
 from vllm_specplugin.tools.ab.compare import compare_reports, report_command
-from vllm_specplugin.tools.ab.explain import (
-    Parts,
-    changes,
-    explain_command,
-    explain_report,
-)
+from vllm_specplugin.tools.ab.explain import Parts, changes, explain_command, explain_report
 from vllm_specplugin.tools.ab.phrases import headlines, interval_words, verdict_words
 from vllm_specplugin.tools.ab.prompts import PromptSet
 from vllm_specplugin.tools.ab.records import Cell, Record
@@ -86,9 +81,7 @@ def _add(record, variant, cell, number, turn, factor, rng, served):
 def report(factor: float = 1.5, **how):
     served = how.get("served", False)
     settings = {"model": "org/model", "rounds": 10, "max_tokens": 64}
-    return build_report(
-        made(factor, **how), PROMPTS, settings, confidence=0.99, served=served
-    )
+    return build_report(made(factor, **how), PROMPTS, settings, confidence=0.99, served=served)
 
 
 def test_rows_have_ratio_verdict_and_drafts():
@@ -123,10 +116,7 @@ def test_the_report_is_json_and_can_be_read_back(tmp_path):
 def test_text_is_compared_where_that_makes_sense():
     cold, warm = report()["cells"][:2]
     by_name = {row["variant"]: row["text"] for row in cold["rows"]}
-    assert [c["to"] for c in by_name["suffix"]["compared"]] == [
-        "baseline",
-        "itself without drafts",
-    ]
+    assert [c["to"] for c in by_name["suffix"]["compared"]] == ["baseline", "itself without drafts"]
     assert by_name["vllm:ngram"]["compared"][0]["identical"] == 10
     assert by_name["baseline"]["compared"] == []
     warm_rows = {row["variant"]: row["text"] for row in warm["rows"]}
@@ -199,11 +189,7 @@ def test_intervals_and_verdicts_in_words():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [
-        ("{", "expected a report.json"),
-        ("[]", "no object"),
-        ('{"schema": 9}', "schema 9"),
-    ],
+    [("{", "expected a report.json"), ("[]", "no object"), ('{"schema": 9}', "schema 9")],
 )
 def test_other_files_are_refused(tmp_path, content, message):
     path = tmp_path / "report.json"
@@ -284,19 +270,11 @@ BASE = {"verify": 0.010, "host": 0.002, "sample": 0.001}
         # 100 steps; half of the time is drafting
         (Parts(1.5, 1.2, 0.1, 0.2, 100, 300, 200, 180, BASE), "cheaper drafting", 2.0),
         # a pass takes 4 times as long as without drafts, and 90% is thrown away
-        (
-            Parts(0.1, 4.0, 0.1, 0.2, 100, 150, 900, 90, BASE),
-            "verifying less: 90%",
-            2.59,
-        ),
+        (Parts(0.1, 4.0, 0.1, 0.2, 100, 150, 900, 90, BASE), "verifying less: 90%", 2.59),
         (Parts(0.1, 1.0, 0.1, 2.0, 100, 150, 90, 90, BASE), "less host work", 2.29),
         (Parts(0.1, 1.0, 1.0, 0.2, 100, 150, 90, 90, BASE), "cheaper sampling", 1.64),
         # drafting for nothing would be worth 1.5x, no speculation 2.3x
-        (
-            Parts(1.0, 1.5, 0.1, 0.4, 100, 100, 90, 0, BASE, 2.3),
-            "no speculation",
-            2.3,
-        ),
+        (Parts(1.0, 1.5, 0.1, 0.4, 100, 100, 90, 0, BASE, 2.3), "no speculation", 2.3),
     ],
 )
 def test_the_change_named_is_the_one_that_the_parts_point_at(parts, named, gain):

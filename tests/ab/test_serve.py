@@ -49,12 +49,7 @@ class FakeDriver:
             "goodput": None,
             "texts": ["x"] * n,
             "requests": [{"tokens": 8, "decode_s": 0.5}] * n,
-            "latency": {
-                "ttft": [0.1] * n,
-                "tpot": [0.1] * n,
-                "itl": [],
-                "e2el": [1.0] * n,
-            },
+            "latency": {"ttft": [0.1] * n, "tpot": [0.1] * n, "itl": [], "e2el": [1.0] * n},
             "spec": dict(SPEC),
         }
 
@@ -87,10 +82,7 @@ def measured(plan: LoadPlan) -> Record:
 def test_both_servers_get_the_same_requests_at_the_same_times(driver):
     measured(load())
     runs = [r for r in driver.log if r["max_tokens"] == 8]
-    assert [r["url"] for r in runs[:6]] == ["http://a", "http://b"] * 2 + [
-        "http://b",
-        "http://a",
-    ]
+    assert [r["url"] for r in runs[:6]] == ["http://a", "http://b"] * 2 + ["http://b", "http://a"]
     for one, two in zip(runs[::2], runs[1::2]):
         for key in ("prompts", "seeds", "arrival_seed", "rate", "concurrency"):
             assert one[key] == two[key]

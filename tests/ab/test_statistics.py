@@ -62,8 +62,7 @@ def test_a_planted_slowdown_of_5_percent_is_found_with_10_rounds(spread, least):
     """Round-to-round noise of 1.5%: found in at least 98% of runs; of 3%: 70%."""
     rng = np.random.default_rng(2)
     found = [
-        compare(0.95 * np.exp(rng.normal(0, spread, 10)), np.ones(10)).verdict
-        for _ in range(100)
+        compare(0.95 * np.exp(rng.normal(0, spread, 10)), np.ones(10)).verdict for _ in range(100)
     ]
     assert found.count("slower") >= least * 100
     assert "faster" not in found

@@ -11,15 +11,7 @@ from vllm_specplugin.tools.ab.plots_svg import (
     ratio_plot,
     request_plot,
 )
-from vllm_specplugin.tools.ab.svg import (
-    Scale,
-    circle,
-    path,
-    picture,
-    series,
-    text,
-    ticks,
-)
+from vllm_specplugin.tools.ab.svg import Scale, circle, path, picture, series, text, ticks
 
 from .test_report import report
 
@@ -50,11 +42,7 @@ def test_pieces_are_escaped_and_well_formed():
         10,
         5,
         'a "label" & more',
-        [
-            text(1, 2, "<b>"),
-            circle(1, 1, 2, "s0", "x < y"),
-            path([(0, 1), (2, 3)], "s1"),
-        ],
+        [text(1, 2, "<b>"), circle(1, 1, 2, "s0", "x < y"), path([(0, 1), (2, 3)], "s1")],
     )
     root = ET.fromstring(drawn)
     assert root.get("viewBox") == "0 0 10 5"
@@ -87,11 +75,7 @@ def test_an_unknown_interval_reaches_across_and_is_dashed():
 def test_marks_of_a_ratio_are_where_the_ratio_is():
     root = ET.fromstring(ratio_plot(report(2.0)))
     ones = [e for e in root.iter("line") if e.get("class") == "one"]
-    marks = [
-        float(e.get("cx"))
-        for e in root.iter("circle")
-        if e.get("class") == "faster fill"
-    ]
+    marks = [float(e.get("cx")) for e in root.iter("circle") if e.get("class") == "faster fill"]
     assert len(ones) == 1 and len(marks) == 12
     assert min(marks) > float(ones[0].get("x1"))
     two = next(e for e in root.iter("text") if e.text == "2x")

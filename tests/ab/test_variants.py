@@ -3,11 +3,7 @@ from __future__ import annotations
 import pytest
 
 from vllm_specplugin.errors import ConfigError
-from vllm_specplugin.tools.ab.variants import (
-    VLLM_METHODS,
-    parse_variant,
-    parse_variants,
-)
+from vllm_specplugin.tools.ab.variants import VLLM_METHODS, parse_variant, parse_variants
 
 
 def test_baseline_and_its_engine():

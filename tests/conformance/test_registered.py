@@ -120,11 +120,7 @@ def test_released_ids_start_afresh(name):
 def test_scorers_emit_at_least_one_token_of_the_vocabulary(name):
     scorer = make("scorer", name)
     assert isinstance(scorer, Scorer)
-    trees = [
-        DraftTree([], []),
-        DraftTree([3, 4, 5], [-1, -1, 1]),
-        DraftTree.chain([-1]),
-    ]
+    trees = [DraftTree([], []), DraftTree([3, 4, 5], [-1, -1, 1]), DraftTree.chain([-1])]
     layout = StepLayout(trees=trees, root_rows=[0, 1, 5], root_positions=[9, 9, 9])
     torch.manual_seed(0)
     result = scorer.score(
@@ -195,9 +191,7 @@ def budgets(policy, limits) -> list[int]:
     names = [str(i) for i in range(n)]
     return list(
         policy.budget(
-            BudgetContext(
-                req_ids=names, limits=limits, num_tokens=[5] * n, options=[{}] * n
-            )
+            BudgetContext(req_ids=names, limits=limits, num_tokens=[5] * n, options=[{}] * n)
         )
     )
 

@@ -49,9 +49,7 @@ def logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def test_float32_logits_agree_and_stored_weights_nearly(
-    source: Path, tmp_path: Path
-) -> None:
+def test_float32_logits_agree_and_stored_weights_nearly(source: Path, tmp_path: Path) -> None:
     inflate(source, tmp_path / "large", **SHAPE)
     tokens = torch.randint(2, 4096, (2, 64), generator=torch.Generator().manual_seed(5))
     expected, found = logits(source, tokens), logits(tmp_path / "large", tokens)
@@ -61,9 +59,7 @@ def test_float32_logits_agree_and_stored_weights_nearly(
     assert agree > 0.9
 
 
-def test_the_stored_model_is_dense_and_has_the_shape(
-    source: Path, tmp_path: Path
-) -> None:
+def test_the_stored_model_is_dense_and_has_the_shape(source: Path, tmp_path: Path) -> None:
     inflate(source, tmp_path / "large", **SHAPE)
     weights = load_file(tmp_path / "large" / "model.safetensors")
     assert weights["model.layers.6.self_attn.q_proj.weight"].shape == (384, 384)

@@ -53,9 +53,7 @@ def test_logits_agree_over_several_draft_steps(large: Path, tmp_path: Path) -> N
     assert (expected.argmax(-1) == found.argmax(-1)).float().mean() >= 0.75
 
 
-def test_the_cache_is_used_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECPLUGIN_CACHE", str(tmp_path))
     head, small = model_path("eagle"), model_path("target")
     first = inflated_eagle(head, small, **SHAPE)

@@ -33,9 +33,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_same_logits(layers, lm_heads, small, tmp_path, monkeypatch):
     monkeypatch.setenv("SPECPLUGIN_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(1)
-    shape = HeadShape(
-        heads=2, layers=layers, hidden_size=32, vocab_size=50, lm_heads=lm_heads
-    )
+    shape = HeadShape(heads=2, layers=layers, hidden_size=32, vocab_size=50, lm_heads=lm_heads)
     save_heads(MedusaHeads(shape), tmp_path / "heads")
     (tmp_path / "heads" / "calibration.json").write_text("{}")
     inflate(small, tmp_path / "large", hidden=96, layers=1, intermediate=24)

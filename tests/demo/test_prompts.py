@@ -54,15 +54,11 @@ def test_prompts_are_decided_by_the_seed(target: Path, library: Path) -> None:
 
 
 def test_fewer_prompts_are_the_first_of_more(target: Path, library: Path) -> None:
-    twenty, five = (
-        held_out_prompts(target, count, LENGTH, library=library) for count in (20, 5)
-    )
+    twenty, five = (held_out_prompts(target, count, LENGTH, library=library) for count in (20, 5))
     assert twenty[:5] == five
 
 
-def test_prompts_start_at_line_starts_of_held_out_files(
-    target: Path, library: Path
-) -> None:
+def test_prompts_start_at_line_starts_of_held_out_files(target: Path, library: Path) -> None:
     tokenizer = Tokenizer.from_file(str(target / "tokenizer.json"))
     texts = [path.read_text("utf-8") for path in held_out_files(library)]
     for prompt in held_out_prompts(target, 30, LENGTH, library=library):
@@ -77,9 +73,7 @@ def test_few_files_give_several_prompts_each(target: Path, library: Path) -> Non
     assert len({tuple(p) for p in prompts}) == 30
 
 
-def test_too_few_prompts_are_an_error_that_says_what_to_do(
-    target: Path, tmp_path: Path
-) -> None:
+def test_too_few_prompts_are_an_error_that_says_what_to_do(target: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecPluginError, match=r"0 held-out prompts .* fix it: ask for"):
         held_out_prompts(target, 1, LENGTH, library=tmp_path)
 

@@ -37,9 +37,7 @@ class FakeEngine:
         if do != "play":
             return {}
         drafted = request["truth"] is not None
-        outputs = [
-            self._output(one, drafted) for one in request["workload"]["requests"]
-        ]
+        outputs = [self._output(one, drafted) for one in request["workload"]["requests"]]
         emitted = sum(len(text) for one in outputs for text in one["tokens"])
         return {
             "outputs": outputs,
@@ -346,9 +344,7 @@ def test_shrinking_stops_in_time() -> None:
 
 def test_requests_that_follow_one_left_out_go_with_it() -> None:
     one = Request(prompt=(5,), params={"max_tokens": 2})
-    work = Workload(
-        requests=(one, one, replace(one, follows=1), replace(one, follows=2))
-    )
+    work = Workload(requests=(one, one, replace(one, follows=1), replace(one, follows=2)))
     seen: list[Workload] = []
     shrink(work, lambda w: bool(seen.append(w)))
     for workload in seen:

@@ -85,9 +85,7 @@ def generate(
     running: EngineProcess, batch: int, temperature: float, tokens: int, seed: int = 0
 ) -> dict[str, Any]:
     """Tokens per second, the tokens, and vLLM's counters of one run."""
-    work = workload(
-        "code", model_path("target"), batch, 128, temperature=temperature, seed=seed
-    )
+    work = workload("code", model_path("target"), batch, 128, temperature=temperature, seed=seed)
     params = [
         {"temperature": t, "max_tokens": tokens, "seed": 1 + i, "ignore_eos": True}
         for i, t in enumerate(work.temperatures)
@@ -173,11 +171,7 @@ def _proposers() -> dict[str, dict[str, Any]]:
 
 
 def _compare(
-    running: EngineProcess,
-    plain: list[Any],
-    dtype: str,
-    small: bool,
-    chosen: dict[str, Any],
+    running: EngineProcess, plain: list[Any], dtype: str, small: bool, chosen: dict[str, Any]
 ) -> dict[str, Any]:
     """A row; ``plain`` holds the texts without drafts once they are made."""
 
@@ -247,10 +241,7 @@ def _engines(names: Iterable[str], model: str, eager: bool) -> dict[str, EngineP
     for name in names:
         given: dict[str, Any] = {"dtype": "bfloat16", "enforce_eager": eager}
         if name in changes:
-            given["speculative_config"] = {
-                **changes[name],
-                "num_speculative_tokens": LENGTH,
-            }
+            given["speculative_config"] = {**changes[name], "num_speculative_tokens": LENGTH}
         made[name] = loading(name, model, OWN if name == "plugin" else None, **given)
     return made
 
@@ -281,9 +272,7 @@ def speed(args: argparse.Namespace, tell: Tell = _nobody) -> dict[str, Any]:
     def summed(report: dict[str, Any]) -> dict[str, Any]:
         return {"shape": args.shape, "ok": expected(report), **report}
 
-    asked = argparse.Namespace(
-        **vars(args), workloads=["code"], waves=2, max_tokens=128
-    )
+    asked = argparse.Namespace(**vars(args), workloads=["code"], waves=2, max_tokens=128)
     report = measure(asked, running, variants, tell=lambda r: tell(summed(r)))
     return summed(report)
 

@@ -219,16 +219,13 @@ def _replay(device: str, small: bool) -> dict[str, Any]:
         return {"ok": True, "skipped": "no GPU"}
     shape = {"contexts": (40, 700), "causal": (1, 1), "nodes": (15, 15)}
     first, second = (
-        _on(paged.random_call(paged.Case(seed=seed, **shape)), device)
-        for seed in (1, 2)
+        _on(paged.random_call(paged.Case(seed=seed, **shape)), device) for seed in (1, 2)
     )
     options = {"all_rows": True, "max_rows": 16, "max_seq_len": 2048}
     held = first.but(out=torch.empty_like(first.out))
 
     def run(call: Any) -> None:
-        arguments = {
-            k: v for k, v in vars(call).items() if k not in {"parents", "most"}
-        }
+        arguments = {k: v for k, v in vars(call).items() if k not in {"parents", "most"}}
         kernel.tree_attention(**arguments, **options)
 
     side = torch.cuda.Stream()
@@ -342,14 +339,9 @@ def time_attention(
 
 def _times(call: Any) -> dict[str, Any]:
     def run(launch: kernel.Launch | None = None, all_rows: bool = True) -> Any:
-        arguments = {
-            k: v for k, v in vars(call).items() if k not in {"parents", "most"}
-        }
+        arguments = {k: v for k, v in vars(call).items() if k not in {"parents", "most"}}
         return kernel.tree_attention(
-            **arguments,
-            all_rows=all_rows,
-            max_rows=call.most if all_rows else None,
-            launch=launch,
+            **arguments, all_rows=all_rows, max_rows=call.most if all_rows else None, launch=launch
         )
 
     name, flash = _flash(call)

@@ -64,9 +64,7 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def parts(
-    args: argparse.Namespace, device: str, tell: Tell
-) -> dict[str, Callable[[], Any]]:
+def parts(args: argparse.Namespace, device: str, tell: Tell) -> dict[str, Callable[[], Any]]:
     """What each part runs. Modules are imported by the part that needs them, so
     that a machine without vLLM can run the others."""
 
@@ -79,9 +77,7 @@ def parts(
     def equality() -> Any:
         import gpu_engines
 
-        return gpu_engines.equality(
-            device, args.backends, args.budget, tell, args.eager
-        )
+        return gpu_engines.equality(device, args.backends, args.budget, tell, args.eager)
 
     def graphs() -> Any:
         import gpu_engines
@@ -192,9 +188,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         default=570.0,
         help="seconds of all parts, after which the one that runs is ended",
     )
-    parser.add_argument(
-        "--eager", action="store_true", help="of parts b and d: nothing compiled"
-    )
+    parser.add_argument("--eager", action="store_true", help="of parts b and d: nothing compiled")
     parser.add_argument("--dry-run", action="store_true", help="without a GPU")
     args = parser.parse_args(given)
     args.parts = args.parts or (["a"] if args.dry_run else list(PARTS))

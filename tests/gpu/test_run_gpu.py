@@ -83,9 +83,7 @@ json.dump({"a": {"ok": True, "rows": [1, 2], "seconds": 3}}, open(file, "w"))
         ("time.sleep(60)", {"ok": False, "rows": [1], "error": "ended after 4 s"}),
     ],
 )
-def test_a_part_in_a_process_of_its_own_ends_alone(
-    what: str, expected: dict[str, Any]
-) -> None:
+def test_a_part_in_a_process_of_its_own_ends_alone(what: str, expected: dict[str, Any]) -> None:
     """And what it had found is kept."""
     command = [sys.executable, "-c", CHILD.replace("WHAT", what)]
     # Time for it to start, which the one that sleeps has to spare.
@@ -97,9 +95,7 @@ def test_a_part_in_a_process_of_its_own_ends_alone(
     assert found == expected
 
 
-def test_parts_get_the_time_that_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_get_the_time_that_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def record(part: str, command: list[str], seconds: float) -> dict[str, Any]:
@@ -123,9 +119,7 @@ def test_parts_get_the_time_that_is_left(
     assert json.loads(file.read_text())["d"]["ok"]
 
 
-def test_a_comparison_that_fails_does_not_stop_the_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_comparison_that_fails_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     from . import gpu_kernels
 
     def broken() -> Any:

@@ -51,12 +51,7 @@ def write(folder, tensors, config=None, name="medusa_lm_head.pt"):
 @pytest.mark.parametrize("config", [None, {"medusa_num_heads": 3}])
 @pytest.mark.parametrize(
     "name",
-    [
-        "medusa_lm_head.pt",
-        "pytorch_model.bin",
-        "medusa_lm_head.safetensors",
-        "model.safetensors",
-    ],
+    ["medusa_lm_head.pt", "pytorch_model.bin", "medusa_lm_head.safetensors", "model.safetensors"],
 )
 @pytest.mark.parametrize(
     "tensors",
@@ -128,11 +123,7 @@ def test_a_token_map_says_which_tokens_there_are(tmp_path):
 @pytest.mark.parametrize(
     ("change", "config", "message"),
     [
-        (
-            {"0.0.linear.weight": None},
-            None,
-            r"with 0\.0\.linear\.b.*0\.0\.linear\.w",
-        ),
+        ({"0.0.linear.weight": None}, None, r"with 0\.0\.linear\.b.*0\.0\.linear\.w"),
         ({"1.2.weight": None}, None, r"3 heads, 2 lm_heads.*3 heads"),
         ({"1.0.linear.weight": None}, None, r"Missing key.*one shape"),
         ({"1.0.linear.weight": torch.ones(3, 3)}, None, r"size mismatch.*one shape"),

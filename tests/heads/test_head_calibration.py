@@ -10,12 +10,7 @@ import torch
 
 from tests.heads.conftest import VOCAB, regular_text
 from vllm_specplugin.cli import main
-from vllm_specplugin.heads.calibration import (
-    _SPREADS,
-    HeadCalibration,
-    _losses,
-    calibrate_heads,
-)
+from vllm_specplugin.heads.calibration import _SPREADS, HeadCalibration, _losses, calibrate_heads
 from vllm_specplugin.heads.cli import expected_tokens
 from vllm_specplugin.heads.medusa import HeadShape, MedusaHeads, save_heads
 from vllm_specplugin.heads.target import load_target
@@ -27,9 +22,7 @@ PROMPTS = [TEXT[n * 50 : n * 50 + 6 + n].tolist() for n in range(10)]
 
 def copies(heads: int) -> MedusaHeads:
     """Heads that say what the target's lm_head says of their row."""
-    shape = HeadShape(
-        heads=heads, layers=1, hidden_size=32, vocab_size=VOCAB, lm_heads=0
-    )
+    shape = HeadShape(heads=heads, layers=1, hidden_size=32, vocab_size=VOCAB, lm_heads=0)
     made = MedusaHeads(shape)
     for parameter in made.parameters():
         torch.nn.init.zeros_(parameter)

@@ -129,9 +129,7 @@ def test_a_loss_that_is_no_number_stops(tiny, tmp_path, monkeypatch):
 
 def test_too_little_text(tiny, tmp_path):
     with pytest.raises(ConfigError, match=r"63 tokens of held-out text.*at least 64"):
-        train_heads(
-            load_target(tiny, "cpu"), IDS, HELD[:63], settings(), tmp_path / "a"
-        )
+        train_heads(load_target(tiny, "cpu"), IDS, HELD[:63], settings(), tmp_path / "a")
 
 
 @pytest.mark.parametrize(

@@ -208,9 +208,7 @@ def _wait_until_idle(url: str) -> None:
     raise RuntimeError("requests are still running a minute after the last client left")
 
 
-def _judge(
-    report: Report, answers: list[Answer], known: list[Answer], bodies: list[Any]
-) -> None:
+def _judge(report: Report, answers: list[Answer], known: list[Answer], bodies: list[Any]) -> None:
     whole = [one for one in answers if one.finish is not None]
     broken = [one for one in answers if one.hung_up]
     report.completed, report.hung_up = len(whole), len(broken)
@@ -224,14 +222,9 @@ def _judge(
             same = same and len(one.tokens) == len(want.tokens)
         if not same:
             parameters = {k: v for k, v in bodies[one.number].items() if k != "prompt"}
-            report.different.append(
-                {"request": parameters, "got": one.tokens, "want": want.tokens}
-            )
+            report.different.append({"request": parameters, "got": one.tokens, "want": want.tokens})
     said, used = report.metrics, sum(one.used for one in whole)
-    ended = {
-        reason: sum(one.finish == reason for one in whole)
-        for reason in ("stop", "length")
-    }
+    ended = {reason: sum(one.finish == reason for one in whole) for reason in ("stop", "length")}
     # A client that hangs up may be too late; what it did not see was still made.
     late = len(broken)
     for reason, count in ended.items():
@@ -274,11 +267,7 @@ def _resources(report: Report) -> None:
 def _latencies(report: Report, answers: list[Answer], began: float) -> None:
     width = max(60.0, report.seconds / 30)
     for start in np.arange(0, report.seconds, width):
-        of = [
-            one
-            for one in answers
-            if one.arrivals and start <= one.begun - began < start + width
-        ]
+        of = [one for one in answers if one.arrivals and start <= one.begun - began < start + width]
         if len(of) < 10:
             continue
         first = np.array([one.arrivals[0] - one.begun for one in of])

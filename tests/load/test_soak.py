@@ -38,9 +38,7 @@ def test_what_is_wrong_is_said() -> None:
     assert "different" in judged([answer([1, 2])]).faults()[0]
     begun = answer([1, 2], finish=None)
     assert not judged(
-        [answer([1, 2, 3]), begun],
-        generation_tokens_total=5,
-        spec_plugin_tokens_emitted_total=5,
+        [answer([1, 2, 3]), begun], generation_tokens_total=5, spec_plugin_tokens_emitted_total=5
     ).faults()
     begun = answer([2], finish=None)
     assert "different" in judged([answer([1, 2, 3]), begun]).faults()[0]

@@ -131,9 +131,7 @@ class Clients:
         async with aiohttp.ClientSession(connector=limits, timeout=patience) as session:
             await asyncio.gather(*(work(session) for _ in range(clients)))
 
-    async def _ask(
-        self, session: aiohttp.ClientSession, number: int, leave: int | None
-    ) -> Answer:
+    async def _ask(self, session: aiohttp.ClientSession, number: int, leave: int | None) -> Answer:
         """Streams one answer; hangs up after ``leave`` pieces, 0 being about when
         the first comes or before."""
         body = {
@@ -148,10 +146,7 @@ class Clients:
         try:
             url = f"{self._url}/v1/completions"
             patience = self._draw.uniform(0.0, 0.2) if leave == 0 else None
-            async with (
-                asyncio.timeout(patience),
-                session.post(url, json=body) as response,
-            ):
+            async with asyncio.timeout(patience), session.post(url, json=body) as response:
                 async for piece in _pieces(response):
                     _add(answer, piece)
                     if leave and len(answer.arrivals) >= leave:

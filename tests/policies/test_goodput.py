@@ -49,9 +49,7 @@ class Engine:
         self.asked += len(ctx.requests)
         self.calls += 1
         self.now += (self.call_ms + self.draft_ms * len(ctx.requests)) * 1e-3
-        tree = DraftTree.chain(
-            list(range(1, self.depth + 1)), [self.claim] * self.depth
-        )
+        tree = DraftTree.chain(list(range(1, self.depth + 1)), [self.claim] * self.depth)
         return [tree.best(request.max_nodes) for request in ctx.requests]
 
     def release(self, req_ids):
@@ -70,9 +68,7 @@ class Engine:
             accepted = []
             for i, tree in enumerate(trees):
                 right = int(
-                    np.argmin(
-                        np.append(self.random.random(self.depth) < self.truth, False)
-                    )
+                    np.argmin(np.append(self.random.random(self.depth) < self.truth, False))
                 )
                 taken = min(right, len(tree))
                 emitted[i, :taken] = np.arange(1, taken + 1)
@@ -140,8 +136,7 @@ def test_a_step_change_of_load_settles_and_does_not_swing():
     for requests in phases:
         engine.run(requests, 100)
     alone, loaded, again = (
-        np.array(engine.nodes[i * 100 : (i + 1) * 100]) / n
-        for i, n in enumerate(phases)
+        np.array(engine.nodes[i * 100 : (i + 1) * 100]) / n for i, n in enumerate(phases)
     )
     # Alone nodes are cheap; 32 requests fill the machine by themselves.
     assert alone[20:].mean() > 1.0
@@ -166,11 +161,7 @@ def test_a_drawn_node_is_not_judged_by_what_follows_it():
     fill the step. A deterministic draft may be chosen so; a drawn one may not,
     as what follows a token depends on its value."""
     stairs = EngineInfo(
-        vocab_size=9,
-        max_model_len=9,
-        max_num_seqs=9,
-        max_nodes=8,
-        graph_sizes=(1, 8),
+        vocab_size=9, max_model_len=9, max_num_seqs=9, max_nodes=8, graph_sizes=(1, 8)
     )
 
     def keeps(later, sampled):

@@ -35,14 +35,11 @@ def test_the_table_gives_the_depth():
 
 
 @pytest.mark.parametrize(
-    "table",
-    [[], [[2, 4, 1]], [[1, 4, 1], [6, 8, 1]], [[1, 0, 1]], [[1, 4, -1]], [[1, 4]], [4]],
+    "table", [[], [[2, 4, 1]], [[1, 4, 1], [6, 8, 1]], [[1, 0, 1]], [[1, 4, -1]], [[1, 4]], [4]]
 )
 def test_a_bad_table_stops_at_start(table):
     with pytest.raises(ConfigError, match="batch_size options"):
-        SpecConfig.from_dict(
-            {"policy": "batch_size", "options": {"policy": {"table": table}}}
-        )
+        SpecConfig.from_dict({"policy": "batch_size", "options": {"policy": {"table": table}}})
 
 
 # ----------------------------------------------------------------- aimd

@@ -49,9 +49,7 @@ def test_the_best_set_is_the_best_of_all(seed):
     survival, base = forest.survival(), 2.0
 
     def goodput(keep):
-        return (base + survival[keep].sum()) / (
-            seconds[int(keep.sum())] + price[keep].sum()
-        )
+        return (base + survival[keep].sum()) / (seconds[int(keep.sum())] + price[keep].sum())
 
     keep, found = best_nodes(survival, price, seconds, base)
     assert forest.closed(keep)

@@ -17,11 +17,7 @@ def random_heads(*, heads=3, layers=1, lm_heads=3, seed=0, vocab=VOCAB) -> Medus
     """Heads whose guesses are far from uniform."""
     torch.manual_seed(seed)
     shape = HeadShape(
-        heads=heads,
-        layers=layers,
-        hidden_size=HIDDEN,
-        vocab_size=vocab,
-        lm_heads=lm_heads,
+        heads=heads, layers=layers, hidden_size=HIDDEN, vocab_size=vocab, lm_heads=lm_heads
     )
     made = MedusaHeads(shape)
     for parameter in made.parameters():

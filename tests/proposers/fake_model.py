@@ -84,9 +84,7 @@ def equipped(views: Sequence[RequestView], vocab_size: int) -> ProposeContext:
         requests=views,
         draft_model=FakeDraftModel(views, table),
         native=FakeNative(views, [1, 2, 3, -1]),
-        target=TargetRows(
-            hidden=table[last, :HIDDEN], lm_head=lambda h: h @ table[:HIDDEN]
-        ),
+        target=TargetRows(hidden=table[last, :HIDDEN], lm_head=lambda h: h @ table[:HIDDEN]),
     )
 
 

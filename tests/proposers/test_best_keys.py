@@ -91,6 +91,4 @@ def test_estimates_hold_for_a_large_vocabulary_that_is_flat():
 def test_rows_may_lie_apart_in_memory():
     padded = torch.cat([logits(2), torch.full((2, 5), 99.0)], dim=1)[:, :SIZE]
     asked = (VIEWS, np.array([0, 1]), 1, shape(), 1.0)
-    assert children(padded, *asked).tokens.tolist() == (
-        children(logits(2), *asked).tokens.tolist()
-    )
+    assert children(padded, *asked).tokens.tolist() == (children(logits(2), *asked).tokens.tolist())

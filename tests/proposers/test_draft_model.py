@@ -95,9 +95,7 @@ def test_each_depth_has_the_noise_of_its_position():
     assert chain.tokens.tolist() == expected
 
 
-@pytest.mark.parametrize(
-    "cut", [{"top_k": 2}, {"top_p": 0.5}, {"top_k": 5, "top_p": 0.6}]
-)
+@pytest.mark.parametrize("cut", [{"top_k": 2}, {"top_p": 0.5}, {"top_k": 5, "top_p": 0.6}])
 def test_tokens_that_the_request_cuts_off_are_not_drafted(cut):
     logits = table(scale=1.0)
     temperature = 0.8
@@ -184,16 +182,12 @@ def test_what_a_level_takes_is_learnt_from_whole_calls(width):
     for _ in range(8):
         draft(proposer, [request], FakeDraftModel([request], table()))
     assert proposer._price.observed == 8
-    assert proposer._price.seconds(np.array([1.0, width])) == pytest.approx(
-        0.010, rel=0.05
-    )
+    assert proposer._price.seconds(np.array([1.0, width])) == pytest.approx(0.010, rel=0.05)
 
 
 def test_unlikely_nodes_are_left_out():
     request = view([3])
-    [tree] = draft(
-        make(min_survival=0.2), [request], FakeDraftModel([request], table())
-    )
+    [tree] = draft(make(min_survival=0.2), [request], FakeDraftModel([request], table()))
     assert len(tree) and (tree.survival >= 0.2 - 1e-6).all()
 
 
@@ -225,9 +219,6 @@ def test_further_settings_reach_vllm():
     }
     with pytest.raises(ConfigError, match=r"engine=3.*a value of type Mapping"):
         resolve(
-            SpecConfig(
-                proposer="draft_model",
-                options={"proposer": {"model": "m", "engine": 3}},
-            ),
+            SpecConfig(proposer="draft_model", options={"proposer": {"model": "m", "engine": 3}}),
             "proposer",
         )

@@ -22,10 +22,7 @@ def drawing(**options):
 
 def many(request, logits, count=3000, **options):
     proposer = drawing(**options)
-    return [
-        draft(proposer, [request], FakeDraftModel([request], logits))[0]
-        for _ in range(count)
-    ]
+    return [draft(proposer, [request], FakeDraftModel([request], logits))[0] for _ in range(count)]
 
 
 def test_siblings_are_drawn_without_replacement():

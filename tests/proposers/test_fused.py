@@ -76,16 +76,11 @@ def make(*members: str, **options) -> FusedProposer:
 
 
 def draft(proposer, tokens, req_id="a", **options) -> DraftTree:
-    return proposer.propose(ProposeContext(requests=[view(req_id, tokens, **options)]))[
-        0
-    ]
+    return proposer.propose(ProposeContext(requests=[view(req_id, tokens, **options)]))[0]
 
 
 def paths(tree, values) -> dict[tuple[int, ...], float]:
-    return {
-        tuple(tree.tokens[tree.path(i)].tolist()): float(values[i])
-        for i in range(len(tree))
-    }
+    return {tuple(tree.tokens[tree.path(i)].tolist()): float(values[i]) for i in range(len(tree))}
 
 
 def random_trees(rng, count) -> list[DraftTree]:
@@ -144,9 +139,7 @@ def test_choosing_and_packing_is_what_trees_do_by_themselves():
         forest = Forest.of(trees)
         most = rng.integers(0, 6, 5)
         keep = np.empty(len(forest), dtype=np.bool_)
-        merge_numba.likeliest(
-            forest.starts, forest.parents, forest.estimates, most, keep
-        )
+        merge_numba.likeliest(forest.starts, forest.parents, forest.estimates, most, keep)
         starts = np.empty(6, dtype=np.int64)
         parents = np.empty(len(forest), dtype=np.int64)
         merge_numba.pack(forest.starts, forest.parents, keep, starts, parents)
@@ -179,9 +172,7 @@ def test_estimates_follow_what_the_text_makes_of_each_member():
     assert survival[4,] > 0.6
     assert survival[1,] < 0.2
     told = proposer.snapshot()
-    assert all(
-        told[name]["estimates"]["observed"] > 100 for name in names("Left", "Right")
-    )
+    assert all(told[name]["estimates"]["observed"] > 100 for name in names("Left", "Right"))
     few = draft(proposer, text, nodes=2)
     assert few.tokens[np.argmax(few.survival)] == 4 and len(few) == 2
 
@@ -227,9 +218,7 @@ def test_members_get_their_share_of_rows_and_every_release():
 def test_a_member_may_read_hidden_states():
     values = {"members": ["ngram", "medusa"],
               "member_options": {"medusa": {"model": heads_folder(0)}}}  # fmt: skip
-    proposer = FusedProposer(
-        parse_options(FusedProposer.Config, values, "fused"), ENGINE
-    )
+    proposer = FusedProposer(parse_options(FusedProposer.Config, values, "fused"), ENGINE)
     assert proposer.needs_hidden and proposer.needs_lm_head
     assert not make("Left").needs_hidden and not make("Left").needs_lm_head
     [tree] = proposer.propose(equipped([view("a", [5])], ENGINE.vocab_size))

@@ -28,9 +28,7 @@ def make_index(size: int = MASK + 1) -> indexing.Index:
     )
 
 
-def found(
-    index, slot, context, *, minimum=1, maximum=32, size=4096, enough=None, scope=0
-):
+def found(index, slot, context, *, minimum=1, maximum=32, size=4096, enough=None, scope=0):
     """``{position after the match: match length}``."""
     positions, lengths = np.empty(size, np.int32), np.empty(size, np.int32)
     n = indexing.collect(
@@ -63,8 +61,7 @@ def naive(text, context, *, first=0, minimum=1, maximum=32):
     return {
         p: n
         for p in range(first + 1, len(text))
-        if text[p] >= 0
-        and (n := shared_suffix(text[first:p], context, maximum)) >= minimum
+        if text[p] >= 0 and (n := shared_suffix(text[first:p], context, maximum)) >= minimum
     }
 
 
@@ -79,9 +76,7 @@ def test_finds_every_occurrence_and_its_length(alphabet, minimum, maximum):
         indexing.extend(index, 1, np.array(text[n - 1 : n], np.int32))
         if n % 7 == 0:
             context = text[:n][-maximum:]
-            assert found(index, 1, context, **limits) == naive(
-                text[:n], context, **limits
-            )
+            assert found(index, 1, context, **limits) == naive(text[:n], context, **limits)
     context = rng.integers(0, alphabet, 5).tolist()  # need not end the text
     assert found(index, 1, context, **limits) == naive(text, context, **limits)
 

@@ -45,10 +45,7 @@ def logits(rows: torch.Tensor) -> np.ndarray:
     """As the formula says, in bfloat16-rounded weights, ``[heads, n, vocab]``."""
     found = []
     for block, lm_head in zip(HEADS.blocks, HEADS.lm_heads):
-        w, b, out = (
-            x.bfloat16().float()
-            for x in (block[0].weight, block[0].bias, lm_head.weight)
-        )
+        w, b, out = (x.bfloat16().float() for x in (block[0].weight, block[0].bias, lm_head.weight))
         pre = rows @ w.T + b
         z = rows + pre * torch.sigmoid(pre)
         found.append((z @ out.T).numpy().astype(float))
@@ -67,8 +64,7 @@ def all_paths(shares: np.ndarray, tokens: np.ndarray) -> dict[tuple[int, ...], f
 
 def paths_of(tree: DraftTree) -> dict[tuple[int, ...], float]:
     return {
-        tuple(tree.tokens[tree.path(n)].tolist()): float(tree.survival[n])
-        for n in range(len(tree))
+        tuple(tree.tokens[tree.path(n)].tolist()): float(tree.survival[n]) for n in range(len(tree))
     }
 
 

@@ -29,16 +29,13 @@ NODES = 11
 
 def requests(temperatures, **changes):
     views = [
-        view(f"r{i}", range(3 + i), temperature=t, nodes=NODES)
-        for i, t in enumerate(temperatures)
+        view(f"r{i}", range(3 + i), temperature=t, nodes=NODES) for i, t in enumerate(temperatures)
     ]
     return [changed(v, seed=7 + i, **changes) for i, v in enumerate(views)]
 
 
 def context(views, *, chains=False, shift=0, **more) -> DeviceContext:
-    rows = TargetRows(
-        hidden=hidden(len(views)), lm_head=lambda h: h @ torch.ones(12, VOCAB)
-    )
+    rows = TargetRows(hidden=hidden(len(views)), lm_head=lambda h: h @ torch.ones(12, VOCAB))
     return DeviceContext(
         last=torch.tensor([int(v.tokens[-1]) for v in views]),
         positions=torch.tensor([len(v.tokens) + shift for v in views]),

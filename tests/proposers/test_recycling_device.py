@@ -128,9 +128,7 @@ def test_rows_that_read_nothing_teach_nothing():
 def test_of_equal_tokens_the_last_row_counts():
     proposer = make(nodes=1)
     proposer.observe_rows(
-        torch.tensor([1, 2, 1]),
-        torch.tensor([[3, 4], [5, 6], [7, 8]]),
-        torch.tensor([-1, -1, -1]),
+        torch.tensor([1, 2, 1]), torch.tensor([[3, 4], [5, 6], [7, 8]]), torch.tensor([-1, -1, -1])
     )
     tokens, _ = proposer.propose(context([1, 2]))
     assert tokens.tolist() == [[7], [5]]

@@ -106,9 +106,7 @@ def test_buckets_that_collide_do_not_leak(monkeypatch) -> None:
     found = np.empty((2, 8), np.int32)
     context = np.array(ASKING[::-1], np.int32)
     for scope, count in (("alice", 1), ("bob", 0), ("", 0)):
-        n = indexing.collect(
-            index, 0, context, len(context), 1, 32, 8, *found, scope_code(scope)
-        )
+        n = indexing.collect(index, 0, context, len(context), 1, 32, 8, *found, scope_code(scope))
         assert n == count
 
 

@@ -48,9 +48,7 @@ def draft(proposer, *views):
 def children(tree, parent=ROOT):
     return {
         int(token): float(estimate)
-        for token, above, estimate in zip(
-            tree.tokens, tree.parents, tree.estimates, strict=True
-        )
+        for token, above, estimate in zip(tree.tokens, tree.parents, tree.estimates, strict=True)
         if above == parent
     }
 
@@ -229,9 +227,7 @@ def test_order_in_the_batch_and_instance_do_not_matter(name):
             for i, text in enumerate(texts)
         ]
         order = rng.permutation(len(requests))
-        renamed = [
-            dataclasses.replace(requests[i], req_id=f"b{i * 31 % 17}") for i in order
-        ]
+        renamed = [dataclasses.replace(requests[i], req_id=f"b{i * 31 % 17}") for i in order]
         expected = draft(one, *requests)
         got = draft(two, *renamed)
         assert got == [expected[i] for i in order]
@@ -286,10 +282,7 @@ def root_child(tree, token):
 @both
 def test_noise_is_ignored_when_greedy_or_uncoupled(name):
     text = repetitive(np.random.default_rng(5), 100)
-    trees = [
-        draft(make_once(name), view(text, seed=seed, temperature=0.0))[0]
-        for seed in range(3)
-    ]
+    trees = [draft(make_once(name), view(text, seed=seed, temperature=0.0))[0] for seed in range(3)]
     plain = make(name, coupled=False)
     trees += draft(plain, view(text, temperature=1.0, seed=9))
     assert all(tree == trees[0] for tree in trees)

@@ -49,14 +49,11 @@ def best_first(matrix, ranks, root, most, depth, least):
 
 def drawn_paths(tree: DraftTree) -> dict[tuple[int, ...], float]:
     return {
-        tuple(tree.tokens[tree.path(i)].tolist()): float(tree.survival[i])
-        for i in range(len(tree))
+        tuple(tree.tokens[tree.path(i)].tolist()): float(tree.survival[i]) for i in range(len(tree))
     }
 
 
-@pytest.mark.parametrize(
-    ("most", "depth", "least"), [(16, 6, 0.02), (9, 2, 0), (5, 3, 0.2)]
-)
+@pytest.mark.parametrize(("most", "depth", "least"), [(16, 6, 0.02), (9, 2, 0), (5, 3, 0.2)])
 def test_the_tree_holds_the_likeliest_paths(most, depth, least):
     rng = np.random.default_rng(most)
     proposer = make(k=3, depth=depth, min_survival=least)

@@ -33,9 +33,7 @@ def random_draft(
     """
     q = softmax(np.log(p) + rng.normal(size=p.shape)).astype(np.float32)
     parents = [i - 1 if chain else int(rng.integers(-1, i)) for i in range(nodes)]
-    drawn = np.array(
-        [kind == "drawn" or (kind == "both" and rng.random() < 0.5) for _ in parents]
-    )
+    drawn = np.array([kind == "drawn" or (kind == "both" and rng.random() < 0.5) for _ in parents])
     replacement = bool(rng.random() < 0.5)
     for row in range(nodes + 1):  # the likeliest, where chosen without chance
         fixed = [n for n in range(nodes) if parents[n] == row - 1 and not drawn[n]]
@@ -69,9 +67,7 @@ def batch_of(
     **more,
 ) -> ScoreBatch:
     n = len(trees)
-    layout = StepLayout(
-        trees=trees, root_rows=[0] * n, root_positions=roots or [10] * n
-    )
+    layout = StepLayout(trees=trees, root_rows=[0] * n, root_positions=roots or [10] * n)
     batch = ScoreBatch(
         logits=logits,
         starts=layout.starts,
@@ -85,9 +81,7 @@ def batch_of(
     probs = batch_probs([t.draft_probs for t in trees], batch.starts, logits.device)
     if probs is None:
         return batch
-    return replace(
-        batch, **{name: getattr(probs, name) for name in probs.__dataclass_fields__}
-    )
+    return replace(batch, **{name: getattr(probs, name) for name in probs.__dataclass_fields__})
 
 
 def random_batch(
@@ -128,9 +122,7 @@ def replay(
     given = tree.draft_probs
     seeds = np.repeat(batch.seeds[request], len(rows))
     places = np.repeat(batch.positions[first], len(rows))
-    flips, choices = (
-        uniforms(seeds, places, purpose, rows - first) for purpose in (FLIP, CHOOSE)
-    )
+    flips, choices = (uniforms(seeds, places, purpose, rows - first) for purpose in (FLIP, CHOOSE))
     v = Verification(
         tokens=tree.tokens.tolist(),
         parents=tree.parents.tolist(),

@@ -36,9 +36,7 @@ def batch_of(
     roots: list[int] | None = None,
 ) -> ScoreBatch:
     n = len(trees)
-    layout = StepLayout(
-        trees=trees, root_rows=[0] * n, root_positions=roots or [10] * n
-    )
+    layout = StepLayout(trees=trees, root_rows=[0] * n, root_positions=roots or [10] * n)
     return ScoreBatch(
         logits=logits,
         starts=layout.starts,
@@ -83,8 +81,7 @@ def test_a_broken_walk_has_another_law():
     """The check above can fail: accept the first child whatever was chosen."""
     tree, p = TREES["two levels"], random_target(3, 0)
     outcomes = [
-        ((int(tree.tokens[0]), chosen[1]), weight)
-        for chosen, weight in all_choices(tree, p, 3)
+        ((int(tree.tokens[0]), chosen[1]), weight) for chosen, weight in all_choices(tree, p, 3)
     ]
     assert prefix_law(iter(outcomes), p, 3) != target_law(p, 3)
 
@@ -97,12 +94,7 @@ def test_sampled_acceptance_reaches_the_optimum():
     logits = torch.randn(len(tree) + 1, 6)
     p = logits.double().softmax(-1)
     expected = (p[0, 0] + p[0, 2] + p[0, 0] * p[1, 1] + p[0, 2] * p[2, 0]).item()
-    batch = batch_of(
-        [tree] * n,
-        logits.repeat(n, 1),
-        greedy=[False] * n,
-        seeds=list(range(n)),
-    )
+    batch = batch_of([tree] * n, logits.repeat(n, 1), greedy=[False] * n, seeds=list(range(n)))
     accepted = ExactScorer(None, ENGINE).score(batch).lengths - 1
     error = accepted.std() / np.sqrt(n)
     assert abs(accepted.mean() - expected) < 4 * error
@@ -115,8 +107,7 @@ def test_noise_is_keyed_by_seed_and_position():
     tree = DraftTree.chain([0, 1])
     batch = batch_of([tree], logits, greedy=[False], seeds=[77], roots=[4])
     chosen = [
-        int(np.argmax(logits[row].numpy() + gumbel(77, 5 + row, np.arange(8))))
-        for row in range(3)
+        int(np.argmax(logits[row].numpy() + gumbel(77, 5 + row, np.arange(8)))) for row in range(3)
     ]
     expected = match_walk(batch, np.array(chosen))
     result = ExactScorer(None, ENGINE).score(batch)
@@ -131,14 +122,10 @@ def test_what_is_emitted_does_not_depend_on_the_draft():
     scorer = ExactScorer(None, ENGINE)
 
     def emit(tree: DraftTree) -> list[int]:
-        batch = batch_of(
-            [tree], row.repeat(len(tree) + 1, 1), greedy=[False], seeds=[5], roots=[9]
-        )
+        batch = batch_of([tree], row.repeat(len(tree) + 1, 1), greedy=[False], seeds=[5], roots=[9])
         return [t for t in scorer.score(batch).tokens[0].tolist() if t >= 0]
 
-    truth = [
-        int(np.argmax(row.numpy() + gumbel(5, 10 + d, np.arange(8)))) for d in range(3)
-    ]
+    truth = [int(np.argmax(row.numpy() + gumbel(5, 10 + d, np.arange(8)))) for d in range(3)]
     assert emit(DraftTree([], [])) == truth[:1]
     assert emit(DraftTree([truth[0]], [-1])) == truth[:2]
     both = DraftTree([(truth[0] + 1) % 8, truth[0], truth[1]], [-1, -1, 1])

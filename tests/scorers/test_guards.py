@@ -104,9 +104,7 @@ def test_nothing_relaxed_is_nothing_counted():
     """Where leniency was not needed the account is empty, and the reverse."""
     _, batch = random_batch(2, kind="fixed", requests=30)
     assert make("threshold").score(batch).relaxed.sum() == 0
-    assert (
-        make("relaxed", top=1, delta=0.0, relax_run=0).score(batch).relaxed.sum() == 0
-    )
+    assert make("relaxed", top=1, delta=0.0, relax_run=0).score(batch).relaxed.sum() == 0
     lenient = make("threshold", **OPEN, accumulated=0.3).score(batch)
     strict = make("threshold").score(batch)
     more = (lenient.lengths > strict.lengths).sum()
@@ -164,10 +162,7 @@ def test_leniency_only_between_thinking_markers():
     def kept(*known: int, draft: DraftTree = tree) -> int:
         history = np.array([*known, *[7] * (11 - len(known)), 3, 3], np.int32)
         batch = batch_of(
-            [draft],
-            logits[: len(draft) + 1],
-            greedy=[True],
-            history=lambda _: history,
+            [draft], logits[: len(draft) + 1], greedy=[True], history=lambda _: history
         )
         return int(make("relaxed", **options).score(batch).lengths[0]) - 1
 

@@ -49,9 +49,7 @@ SHAPES = {
     "fixed siblings": Shape((-1, -1), (NO, NO)),
     "hybrid": Shape((-1, -1), (NO, YES)),
     "two levels": Shape((-1, -1, 0, 0), (YES, YES, YES, YES)),
-    "two levels with replacement": Shape(
-        (-1, -1, 0, 1), (YES, YES, YES, YES), replacement=YES
-    ),
+    "two levels with replacement": Shape((-1, -1, 0, 1), (YES, YES, YES, YES), replacement=YES),
     "fixed tree": Shape((-1, -1, 0, 1, 2), (NO, NO, NO, NO, NO)),
     "hybrid tree": Shape((-1, -1, 0, 1), (NO, YES, YES, YES)),
     "a fork below": Shape((-1, 0, 0, 1), (YES, YES, NO, YES)),
@@ -161,8 +159,7 @@ def test_one_hot_drafts_leave_nothing_to_gain():
     (draft, _), = shape.drafts(p, q)  # fmt: skip
     path = tuple(draft.tokens)
     best = sum(
-        np.prod([p(path[:d])[path[d]] for d in range(n)], initial=Fraction(1))
-        for n in (1, 2, 3)
+        np.prod([p(path[:d])[path[d]] for d in range(n)], initial=Fraction(1)) for n in (1, 2, 3)
     )
     assert {mean_accepted(rule, shape, p, q) for rule in LOSSLESS.values()} == {best}
 
@@ -189,9 +186,7 @@ def test_traversal_accepts_more_than_rejection_on_trees():
     p, q = p_and_q(0)
     for name in ("two levels", "two levels with replacement", "hybrid tree"):
         shape = SHAPES[name]
-        assert mean_accepted(traversal, shape, p, q) > mean_accepted(
-            rejection, shape, p, q
-        )
+        assert mean_accepted(traversal, shape, p, q) > mean_accepted(rejection, shape, p, q)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -306,9 +301,7 @@ BUGS = {
 def test_planted_bugs_are_found(bug):
     rule, name = BUGS[bug]
     models = [p_and_q(seed, vocab=4) for seed in range(6)]
-    assert any(
-        law_of(rule, SHAPES[name], p, q, 2) != target_law(p, 2) for p, q in models
-    )
+    assert any(law_of(rule, SHAPES[name], p, q, 2) != target_law(p, 2) for p, q in models)
 
 
 def test_the_control_of_the_controls():

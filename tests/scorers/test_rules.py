@@ -62,9 +62,7 @@ LOSSY = {
 
 
 @pytest.mark.parametrize("kind", ["drawn", "fixed", "both"])
-@pytest.mark.parametrize(
-    ("name", "options"), [(n, o) for n, many in LOSSY.items() for o in many]
-)
+@pytest.mark.parametrize(("name", "options"), [(n, o) for n, many in LOSSY.items() for o in many])
 def test_lossy_rules_decide_as_the_reference(name, options, kind):
     def rule(v, coins):
         return getattr(reference, name)(v, coins, **options)

@@ -24,14 +24,8 @@ from vllm_specplugin.trees.tree import DraftTree
 from .drafts import batch_of, softmax
 
 VOCAB, REQUESTS, LIMIT = 5, 8_000, 4.0
-ENGINE = EngineInfo(
-    vocab_size=VOCAB, max_model_len=64, max_num_seqs=REQUESTS, max_nodes=8
-)
-PARENTS = {
-    "chain": [-1, 0, 1],
-    "tree": [-1, 0, -1, 2, 2],
-    "siblings": [-1, -1, -1],
-}
+ENGINE = EngineInfo(vocab_size=VOCAB, max_model_len=64, max_num_seqs=REQUESTS, max_nodes=8)
+PARENTS = {"chain": [-1, 0, 1], "tree": [-1, 0, -1, 2, 2], "siblings": [-1, -1, -1]}
 _rng = np.random.default_rng(7)
 P = softmax(_rng.normal(size=(VOCAB + 1, VOCAB)) * 1.5)
 """Of the first token, and of the second after each first."""
@@ -125,9 +119,7 @@ def test_a_coin_shared_with_the_draft_is_found():
     assert statistic(make("rejection"), shared) > 2 * LIMIT
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"), [("rejection", "chain"), ("traversal", "tree")]
-)
+@pytest.mark.parametrize(("name", "shape"), [("rejection", "chain"), ("traversal", "tree")])
 def test_drawing_from_p_after_a_rejection_is_found(name, shape, drawn, monkeypatch):
     whole = Candidates.result
 

@@ -61,7 +61,4 @@ def tried(probe: Callable[[], Any]) -> Any:
 
 
 if __name__ == "__main__":
-    json.dump(
-        {p.__name__: tried(p) for p in (ranges, functions, rounding)},
-        sys.stdout,
-    )
+    json.dump({p.__name__: tried(p) for p in (ranges, functions, rounding)}, sys.stdout)

@@ -60,9 +60,7 @@ def differences(
             yield f"{name} {installed[name].version} is installed, locked is {version}"
 
 
-def strangers(
-    versions: Mapping[str, str], installed: Mapping[str, Distribution]
-) -> Iterator[str]:
+def strangers(versions: Mapping[str, str], installed: Mapping[str, Distribution]) -> Iterator[str]:
     """Packages that nobody locked. The CUDA build of torch brings libraries along."""
     for name in sorted(set(installed) - set(versions) - OWN):
         if not name.startswith(("nvidia-", "cuda-")):

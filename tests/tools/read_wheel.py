@@ -29,9 +29,7 @@ def differences(wheel: Path, seams: Seams) -> list[str]:
         ]
 
 
-def _compare(
-    archive: zipfile.ZipFile, path: str, names: tuple[str, ...] | None
-) -> str | None:
+def _compare(archive: zipfile.ZipFile, path: str, names: tuple[str, ...] | None) -> str | None:
     module, _, attributes = path.partition(":")
     found = _find(archive, module, attributes.split("."))
     if found is None:
@@ -52,9 +50,7 @@ def _compare(
     return None
 
 
-def _find(
-    archive: zipfile.ZipFile, module: str, attributes: list[str]
-) -> ast.AST | None:
+def _find(archive: zipfile.ZipFile, module: str, attributes: list[str]) -> ast.AST | None:
     body = _body(archive, module)
     node: ast.AST | None = None
     for depth, name in enumerate(attributes):

@@ -32,10 +32,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "chunked": {"max_num_batched_tokens": 96, "enable_prefix_caching": True},
     "uncached": {"enable_prefix_caching": False, "max_num_seqs": 64},
     # room for about three of eight requests: preemption in mid-draft
-    "preempting": {
-        "kv_cache_memory_bytes": 24 * _BLOCK_BYTES,
-        "enable_prefix_caching": True,
-    },
+    "preempting": {"kv_cache_memory_bytes": 24 * _BLOCK_BYTES, "enable_prefix_caching": True},
 }
 
 
@@ -76,19 +73,14 @@ class Engine(EngineProcess):
         **params: Any,
     ) -> dict[str, Any]:
         temperatures = (
-            temperature
-            if isinstance(temperature, list)
-            else [temperature] * len(prompts)
+            temperature if isinstance(temperature, list) else [temperature] * len(prompts)
         )
         requests = [
             {
                 "seed": 1000 + i,
                 "ignore_eos": True,
                 "temperature": t,
-                "extra_args": {
-                    "use": use,
-                    **({"oracle": oracle[i]} if oracle is not None else {}),
-                },
+                "extra_args": {"use": use, **({"oracle": oracle[i]} if oracle is not None else {})},
                 **params,
             }
             for i, t in enumerate(temperatures)
@@ -99,10 +91,7 @@ class Engine(EngineProcess):
             self.ask("run", prompts=[prompt], params=[request])
             for prompt, request in zip(prompts, requests)
         ]
-        return {
-            key: [part[key][0] for part in parts]
-            for key in ("tokens", "finish", "logprobs")
-        }
+        return {key: [part[key][0] for part in parts] for key in ("tokens", "finish", "logprobs")}
 
 
 def start(

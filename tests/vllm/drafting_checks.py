@@ -49,9 +49,7 @@ def check_text_and_logits(
     return before, after
 
 
-def check_whole_sizes(
-    drafting: Engine, reference: Engine, prompts: list[list[int]]
-) -> None:
+def check_whole_sizes(drafting: Engine, reference: Engine, prompts: list[list[int]]) -> None:
     """Nothing changes where CUDA graphs would be replayed, whose sizes are whole.
 
     Args:
@@ -62,16 +60,12 @@ def check_whole_sizes(
     prompts = [[400, *prompt] for prompt in prompts]  # nobody's prefix
     drafting.ask("draft_sizes", multiple=8)
     try:
-        check_text_and_logits(
-            drafting, reference, prompts, temperature=1.0, max_tokens=16, rows=80
-        )
+        check_text_and_logits(drafting, reference, prompts, temperature=1.0, max_tokens=16, rows=80)
     finally:
         drafting.ask("draft_sizes", multiple=None)
 
 
-def check_broken(
-    drafting: Engine, prompts: list[list[int]], command: str, part: str
-) -> None:
+def check_broken(drafting: Engine, prompts: list[list[int]], command: str, part: str) -> None:
     """The comparison sees a wrong cache, and the text is right even so.
 
     Args:
@@ -83,9 +77,7 @@ def check_broken(
     prompts = [[200 + ord(part[0]), *prompt] for prompt in prompts[FEW]]
 
     def text(**options: int) -> list[list[int]]:
-        return drafting.texts(
-            prompts, "-", temperature=1.0, max_tokens=16, extra_args=options
-        )
+        return drafting.texts(prompts, "-", temperature=1.0, max_tokens=16, extra_args=options)
 
     expected = text(spec_max_nodes=0)
     drafting.ask(command, part=part)

@@ -65,9 +65,7 @@ class Call:
 
     def run(self, attention: Any, **options: Any) -> torch.Tensor:
         """A fresh output."""
-        arguments = {
-            k: v for k, v in vars(self).items() if k not in {"parents", "most"}
-        }
+        arguments = {k: v for k, v in vars(self).items() if k not in {"parents", "most"}}
         if options.get("all_rows"):
             options.setdefault("max_rows", self.most)
         out = torch.full_like(self.out, UNTOUCHED)

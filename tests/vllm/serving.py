@@ -28,9 +28,7 @@ class Server:
         environment: variables on top of this process's.
     """
 
-    def __init__(
-        self, command: list[str], size: Sequence[str] = (), **environment: str
-    ) -> None:
+    def __init__(self, command: list[str], size: Sequence[str] = (), **environment: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -114,9 +112,7 @@ def samples(url: str, name: str) -> dict[tuple[str, ...], float]:
 
     return {
         tuple(
-            v
-            for k, v in sorted(sample.labels.items())
-            if k not in ("model_name", "engine")
+            v for k, v in sorted(sample.labels.items()) if k not in ("model_name", "engine")
         ): sample.value
         for family in text_string_to_metric_families(get(f"{url}/metrics"))
         for sample in family.samples

@@ -8,10 +8,7 @@ import pytest
 from vllm.exceptions import VLLMValidationError
 
 from vllm_specplugin.config import CONFIG_KEY, SpecConfig
-from vllm_specplugin.vllm.frontend.admission import (
-    check_request,
-    check_requests_from_now_on,
-)
+from vllm_specplugin.vllm.frontend.admission import check_request, check_requests_from_now_on
 
 
 def config(additional):

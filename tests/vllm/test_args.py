@@ -106,10 +106,7 @@ def test_flags_equal_speculate(parser):
         (["--spec-proposer=suffix", "--spec-options={"], "expected JSON"),
         (["--spec-proposer=suffix", "--spec-options=[]"], "expected an object"),
         (["--spec-proposer=suffix", "--spec-max-nodes=0"], "max_nodes=0"),
-        (
-            ["--spec-proposer=suffix", "--speculative-config={}"],
-            "--speculative-config together",
-        ),
+        (["--spec-proposer=suffix", "--speculative-config={}"], "--speculative-config together"),
         (["--spec-proposer=suffix", "--spec-tokens=3"], "--spec-tokens together"),
         (["--spec-proposer=suffix", "--worker-cls=x.Y"], "--worker-cls x.Y together"),
     ],

@@ -6,11 +6,7 @@ import pytest
 import torch
 
 from vllm_specplugin.vllm.tree_attention import gpu_reference as reference
-from vllm_specplugin.vllm.tree_attention.gpu_kernel import (
-    Device,
-    choose_launch,
-    why_unsupported,
-)
+from vllm_specplugin.vllm.tree_attention.gpu_kernel import Device, choose_launch, why_unsupported
 
 from .paged import UNTOUCHED, Case, by_path, random_call
 

@@ -12,12 +12,7 @@ from vllm_specplugin.trees.step_layout import StepLayout
 from vllm_specplugin.trees.tree import DraftTree
 from vllm_specplugin.vllm.runner.token_history import Texts
 from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
-from vllm_specplugin.vllm.tree_attention.device_trees import (
-    DeviceTrees,
-    pack,
-    reach,
-    walk,
-)
+from vllm_specplugin.vllm.tree_attention.device_trees import DeviceTrees, pack, reach, walk
 from vllm_specplugin.vllm.tree_attention.plan import plan_tree_rows
 
 VOCAB = 5
@@ -124,8 +119,7 @@ def test_a_plan_is_that_of_arrays(seed):
     trees = [t.chain_first() for t in random_trees(np.random.default_rng(seed), 5, 12)]
     _, plan, layout = lay_out(trees, 12)
     branching = [
-        (i, layout.root_rows[i], layout.root_positions[i], trees[i])
-        for i in layout.branching
+        (i, layout.root_rows[i], layout.root_positions[i], trees[i]) for i in layout.branching
     ]
     expected = plan_tree_rows(branching)
     for name in ("query", "request", "context", "nodes"):

@@ -24,9 +24,7 @@ SAMPLES = 1500
 LIMIT = 4.0
 
 
-def counts(
-    one: Engine, prompt: list[int], use: str, temperature: float, seed: int
-) -> np.ndarray:
+def counts(one: Engine, prompt: list[int], use: str, temperature: float, seed: int) -> np.ndarray:
     """How often each pair of tokens came out."""
     params = {
         "temperature": temperature,

@@ -9,12 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from .conftest import ENGINES, MAX_NODES, TARGET, Engine, start
-from .drafting_checks import (
-    CLOSE,
-    check_broken,
-    check_text_and_logits,
-    check_whole_sizes,
-)
+from .drafting_checks import CLOSE, check_broken, check_text_and_logits, check_whole_sizes
 
 DRAFT = str(TARGET.parent / "draft")
 OPTIONS = {"model": DRAFT, "depth": 4, "width": 3, "siblings": 3, "min_survival": 0.0}
@@ -42,18 +37,10 @@ TOKENS = 28
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_same_text_and_same_logits_as_a_fresh_prefill(
-    temperature: float,
-    drafting: Engine,
-    prompts: list[list[int]],
-    engine: Callable[[str], Engine],
+    temperature: float, drafting: Engine, prompts: list[list[int]], engine: Callable[[str], Engine]
 ) -> None:
     before, after = check_text_and_logits(
-        drafting,
-        engine("uncached"),
-        prompts,
-        temperature=temperature,
-        max_tokens=TOKENS,
-        rows=200,
+        drafting, engine("uncached"), prompts, temperature=temperature, max_tokens=TOKENS, rows=200
     )
     assert after["accepted"] - before["accepted"] > 50
     assert after["kv_rows_moved"] > before["kv_rows_moved"], "no tree was accepted"
@@ -68,9 +55,7 @@ def test_what_the_model_knows_survives_resets_and_reloads(
     prompts = [[300, *prompt] for prompt in prompts[5:8]]
 
     def text(**options: int) -> list[list[int]]:
-        return drafting.texts(
-            prompts, "-", temperature=1.0, max_tokens=12, extra_args=options
-        )
+        return drafting.texts(prompts, "-", temperature=1.0, max_tokens=12, extra_args=options)
 
     expected = text(spec_max_nodes=0)
     drafting.ask("seen")
@@ -91,7 +76,5 @@ def test_same_where_sizes_of_passes_are_those_of_graphs(
 
 @pytest.mark.parametrize("drafting", ["chunked"], indirect=True)
 @pytest.mark.parametrize("part", ["blocks", "places", "positions"])
-def test_each_broken_part_is_caught(
-    part: str, drafting: Engine, prompts: list[list[int]]
-) -> None:
+def test_each_broken_part_is_caught(part: str, drafting: Engine, prompts: list[list[int]]) -> None:
     check_broken(drafting, prompts, "break_drafts", part)

@@ -22,8 +22,7 @@ GROWTH = {"depth": 4, "width": 3, "siblings": 3, "min_survival": 0.0}
 _HEAD_BLOCK_BYTES = 2 * 4 * 64 * 4 * 32
 # Prompts in chunks beside drafts, room for about three of eight requests.
 ARGUMENTS = ENGINES["chunked"] | {
-    "kv_cache_memory_bytes": ENGINES["preempting"]["kv_cache_memory_bytes"]
-    + 24 * _HEAD_BLOCK_BYTES
+    "kv_cache_memory_bytes": ENGINES["preempting"]["kv_cache_memory_bytes"] + 24 * _HEAD_BLOCK_BYTES
 }
 CHECKED = {"eagle": "CheckedEagle", "eagle3": "CheckedEagle3", "mtp": "CheckedMtp"}
 
@@ -61,18 +60,10 @@ ACCEPTED = {"eagle": 40, "eagle3": 0, "mtp": 5}
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_same_text_and_same_logits_as_a_fresh_prefill(
-    temperature: float,
-    drafting: Engine,
-    prompts: list[list[int]],
-    engine: Callable[[str], Engine],
+    temperature: float, drafting: Engine, prompts: list[list[int]], engine: Callable[[str], Engine]
 ) -> None:
     before, after = check_text_and_logits(
-        drafting,
-        engine("uncached"),
-        prompts,
-        temperature=temperature,
-        max_tokens=TOKENS,
-        rows=150,
+        drafting, engine("uncached"), prompts, temperature=temperature, max_tokens=TOKENS, rows=150
     )
     assert after["accepted"] - before["accepted"] >= ACCEPTED[drafting.name]
     assert drafting.ask("preemptions") > 0
@@ -87,7 +78,5 @@ def test_same_where_sizes_of_passes_are_those_of_graphs(
 
 @pytest.mark.parametrize("drafting", ["eagle"], indirect=True)
 @pytest.mark.parametrize("part", ["rows", "path", "shift", "features", "positions"])
-def test_each_broken_part_is_caught(
-    part: str, drafting: Engine, prompts: list[list[int]]
-) -> None:
+def test_each_broken_part_is_caught(part: str, drafting: Engine, prompts: list[list[int]]) -> None:
     check_broken(drafting, prompts, "break_heads", part)

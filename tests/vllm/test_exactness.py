@@ -42,10 +42,7 @@ def test_text_is_the_same_as_without_speculation(
     before = engine(name).ask("stats")
     for _ in range(2):  # the second time over cached prefixes, where there are any
         got = engine(name).texts(
-            prompts,
-            use,
-            temperature=temperature,
-            oracle=expected if use == "oracle" else None,
+            prompts, use, temperature=temperature, oracle=expected if use == "oracle" else None
         )
         assert got == expected
     after = engine(name).ask("stats")
@@ -59,10 +56,7 @@ def test_text_is_the_same_as_without_speculation(
 
 @pytest.mark.parametrize("use", PROPOSERS)
 def test_one_request_at_a_time(
-    use: str,
-    engine: Get,
-    prompts: list[list[int]],
-    truth: dict[float, list[list[int]]],
+    use: str, engine: Get, prompts: list[list[int]], truth: dict[float, list[list[int]]]
 ) -> None:
     before = engine("chunked").ask("stats")
     for temperature, expected in truth.items():
@@ -76,9 +70,7 @@ def test_one_request_at_a_time(
 
 
 def test_seeded_text_does_not_depend_on_the_batch(
-    engine: Get,
-    prompts: list[list[int]],
-    truth: dict[float, list[list[int]]],
+    engine: Get, prompts: list[list[int]], truth: dict[float, list[list[int]]]
 ) -> None:
     mixed = [TEMPERATURES[i % 3] for i in range(len(prompts))]
     got = engine("uncached").texts(prompts, "none", temperature=mixed)
@@ -97,10 +89,7 @@ def test_preemption_really_happened(engine: Get) -> None:
 
 @pytest.mark.parametrize("part", ["mask", "positions", "compaction"])
 def test_each_broken_part_is_caught(
-    part: str,
-    engine: Get,
-    prompts: list[list[int]],
-    truth: dict[float, list[list[int]]],
+    part: str, engine: Get, prompts: list[list[int]], truth: dict[float, list[list[int]]]
 ) -> None:
     """The oracle test fails when the mask, the positions or the compaction is
     wrong, so its passing means something."""

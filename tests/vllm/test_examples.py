@@ -28,11 +28,7 @@ ENVIRONMENT = {
 
 def run(*command: str) -> str:
     done = subprocess.run(
-        [sys.executable, *command],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, *command], env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -104,9 +100,7 @@ def test_a_request_chooses_its_scorer(server: str) -> None:
 
 
 @pytest.mark.parametrize("body", [{"min_p": 0.5}, {"logit_bias": {"5": 3.0}}])
-def test_what_vllm_refuses_with_speculation_is_a_400(
-    server: str, body: dict[str, Any]
-) -> None:
+def test_what_vllm_refuses_with_speculation_is_a_400(server: str, body: dict[str, Any]) -> None:
     with pytest.raises(urllib.error.HTTPError) as caught:
         complete(server, prompt=[5, 6], max_tokens=2, **body)
     assert caught.value.code == 400

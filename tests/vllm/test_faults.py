@@ -70,10 +70,7 @@ def test_the_text_survives_any_policy(
     one = changed(policy="spec_policies:Faulty", options={"policy": {"fault": fault}})
     truth = one.texts(prompts[:3], "none", max_tokens=8, temperature=1.0)
     oracle = [[*t, 1] for t in truth]
-    assert (
-        one.texts(prompts[:3], "oracle", max_tokens=8, temperature=1.0, oracle=oracle)
-        == truth
-    )
+    assert one.texts(prompts[:3], "oracle", max_tokens=8, temperature=1.0, oracle=oracle) == truth
     one.ask("stats")  # takes a snapshot, which may fail too
     failures = one.ask("stats")["failures"]
     kind = POLICY_FAULTS[fault]
@@ -120,8 +117,7 @@ def test_a_corrupt_file_of_step_times_is_measured_anew(
 
 
 @pytest.mark.parametrize(
-    ("kind", "one_entry"),
-    [("nan", False), ("nan", True), ("inf", True), ("-inf", False)],
+    ("kind", "one_entry"), [("nan", False), ("nan", True), ("inf", True), ("-inf", False)]
 )
 def test_logits_that_are_no_numbers_harm_as_in_vllm(
     kind: str, one_entry: bool, engine: Get, prompts: list[list[int]]
@@ -137,18 +133,13 @@ def test_logits_that_are_no_numbers_harm_as_in_vllm(
             one.ask("poison", kind=kind, one=one_entry)
             mixed = [first, *temperatures[1:]]
             try:
-                got = one.texts(
-                    prompts[3:7], use, temperature=mixed, oracle=oracle, max_tokens=8
-                )
+                got = one.texts(prompts[3:7], use, temperature=mixed, oracle=oracle, max_tokens=8)
             finally:
                 one.ask("poison", kind=None)
             assert got[1:] == truth[1:]
             assert len(got[0]) == 8 and all(0 <= t < VOCABULARY for t in got[0])
             texts[name, use, first] = got[0]
-        assert (
-            one.texts(prompts[3:7], "none", temperature=temperatures, max_tokens=8)
-            == truth
-        )
+        assert one.texts(prompts[3:7], "none", temperature=temperatures, max_tokens=8) == truth
     # Drafts change nothing, not even here.
     for first in (0.0, 1.0):
         plain = texts["uncached", "none", first]
@@ -156,18 +147,14 @@ def test_logits_that_are_no_numbers_harm_as_in_vllm(
 
 
 @pytest.mark.parametrize("what", ["sleep", "reload", "reset"])
-def test_an_engine_goes_on_after(
-    what: str, engine: Get, prompts: list[list[int]]
-) -> None:
+def test_an_engine_goes_on_after(what: str, engine: Get, prompts: list[list[int]]) -> None:
     one = engine("chunked")
     truth = one.texts(prompts[4:8], "none", temperature=1.0, max_tokens=16)
     one.ask("lifecycle", what=what)
     before = one.ask("stats")
     for use in ("none", "oracle", "suffix"):
         oracle = truth if use == "oracle" else None
-        got = one.texts(
-            prompts[4:8], use, temperature=1.0, max_tokens=16, oracle=oracle
-        )
+        got = one.texts(prompts[4:8], use, temperature=1.0, max_tokens=16, oracle=oracle)
         assert got == truth
     after = one.ask("stats")
     assert after["accepted"] > before["accepted"]

@@ -53,10 +53,7 @@ def test_rows_are_shown_with_what_they_read_and_emitted() -> None:
     # Scope by scope; who shares with nobody is shown to nobody.
     scopes = ["mine", "mine", ""]
     show_rows(runner, np.arange(6, dtype=np.int32)[:, None], result)
-    assert [(one[0], one[3]) for one in shown[1:]] == [
-        ([2, 7, 8, 4], "mine"),
-        ([9, -1], ""),
-    ]
+    assert [(one[0], one[3]) for one in shown[1:]] == [([2, 7, 8, 4], "mine"), ([9, -1], "")]
     scopes = [None, "mine", None]
     show_rows(runner, np.arange(6, dtype=np.int32)[:, None], result)
     assert shown[3:] == [[[4], [[3]], [-1], "mine"]]

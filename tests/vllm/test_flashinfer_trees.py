@@ -18,11 +18,7 @@ from vllm_specplugin.errors import UnsupportedError
 from vllm_specplugin.vllm.compat import seams
 from vllm_specplugin.vllm.tree_attention import flashinfer
 from vllm_specplugin.vllm.tree_attention import gpu_reference as reference
-from vllm_specplugin.vllm.tree_attention.flashinfer import (
-    SIGNATURES,
-    FlashInferTrees,
-    tree_mask,
-)
+from vllm_specplugin.vllm.tree_attention.flashinfer import SIGNATURES, FlashInferTrees, tree_mask
 
 from . import fake_flashinfer
 from .fake_flashinfer import BatchPrefillWithPagedKVCacheWrapper as Double
@@ -74,9 +70,7 @@ def test_it_is_tree_attention(case: Case, layout: str, all_rows: bool) -> None:
 
 def test_the_mask_is_what_each_row_sees() -> None:
     call = random_call(Case(contexts=(3, 20), causal=(2, 1), nodes=(9, 5)))
-    lengths, nodes = (
-        x.numpy().astype(np.int64) for x in (call.seq_lens, call.num_nodes)
-    )
+    lengths, nodes = (x.numpy().astype(np.int64) for x in (call.seq_lens, call.num_nodes))
     for all_rows in (False, True):
         counts = nodes + (np.array([2, 1]) if all_rows else 0)
         flat = tree_mask(counts, lengths, nodes, np.arange(2), call.ancestors)
@@ -129,9 +123,7 @@ def test_the_double_has_the_signatures_that_are_relied_on() -> None:
         assert tuple(inspect.signature(target).parameters)[: len(names)] == names
 
 
-@pytest.mark.skipif(
-    find_spec("flashinfer") is not None, reason="FlashInfer is installed"
-)
+@pytest.mark.skipif(find_spec("flashinfer") is not None, reason="FlashInfer is installed")
 def test_without_flashinfer_its_signatures_are_not_missed() -> None:
     assert not any("flashinfer" in problem for problem in seams.drift())
 
@@ -180,9 +172,7 @@ def test_layers_that_it_cannot_serve_stop_at_start(
     assert "leave tree_kernel out" in str(error.value)
 
 
-def test_layers_that_it_can_serve_share_one_workspace(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_layers_that_it_can_serve_share_one_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.utils.flashinfer.has_flashinfer", lambda: True)
     monkeypatch.setenv("VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE", "4096")
     layers = {"a": layer(), "b": layer(dtype=torch.float16, head_size=64)}
@@ -190,9 +180,7 @@ def test_layers_that_it_can_serve_share_one_workspace(
     assert layers["a"].impl.tree_kernel is layers["b"].impl.tree_kernel
 
 
-def test_without_it_installed_the_engine_does_not_start(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_it_installed_the_engine_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.utils.flashinfer.has_flashinfer", lambda: False)
     with pytest.raises(UnsupportedError, match="is not installed"):
         flashinfer.use_flashinfer({"a": layer()})

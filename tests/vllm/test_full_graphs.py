@@ -42,9 +42,7 @@ class Runner(TreeRunnerV2, Parent):
         return self.reason
 
 
-CACHES = SimpleNamespace(
-    kv_cache_groups=[SimpleNamespace(layer_names=[name]) for name in "ab"]
-)
+CACHES = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=[name]) for name in "ab"])
 
 
 def started(runner: Runner) -> Runner:

@@ -14,9 +14,7 @@ from vllm_specplugin.vllm.runner.target_rows import one_rank_only, target_rows
 
 def runner() -> SimpleNamespace:
     return SimpleNamespace(
-        spec=SimpleNamespace(
-            emitted_from=np.array([3, 4, 6], dtype=np.int32),
-        ),
+        spec=SimpleNamespace(emitted_from=np.array([3, 4, 6], dtype=np.int32)),
         model=SimpleNamespace(compute_logits=lambda hidden: hidden.bfloat16() * 2),
     )
 

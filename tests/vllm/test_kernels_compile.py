@@ -64,11 +64,7 @@ UNALIGNED = ("tiles", "splits", "most", "m_i")
 
 
 def compiled(
-    kernel: Any,
-    capability: int,
-    constants: dict[str, Any],
-    types: dict[str, str],
-    **how: Any,
+    kernel: Any, capability: int, constants: dict[str, Any], types: dict[str, str], **how: Any
 ) -> tuple[Any, int]:
     """The kernel, and bytes of stack per thread."""
     signature, attributes = {}, {}
@@ -94,10 +90,7 @@ def _stack(binary: bytes) -> int:
         file.write(binary)
         file.flush()
         usage = subprocess.run(
-            [DUMP, "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
+            [DUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     return int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
 
@@ -176,16 +169,8 @@ def test_attention(
 
 
 def test_merging_of_shares() -> None:
-    constants = {
-        "HEAD": 80,
-        "HEAD_PAD": 128,
-        "BLOCK_N": 64,
-        "MOST_SPLITS": 32,
-        "ALL_ROWS": True,
-    }
-    _, stack = compiled(
-        _attend_triton.combine, 90, constants, {"out": "*bf16"}, num_warps=4
-    )
+    constants = {"HEAD": 80, "HEAD_PAD": 128, "BLOCK_N": 64, "MOST_SPLITS": 32, "ALL_ROWS": True}
+    _, stack = compiled(_attend_triton.combine, 90, constants, {"out": "*bf16"}, num_warps=4)
     assert stack == 0
 
 

@@ -17,9 +17,7 @@ from .conftest import TARGET, Engine, start
 HEADS = TARGET.parent / "medusa"
 
 
-def test_a_wrong_row_is_noticed(
-    engine: Callable[[str], Engine], prompts: list[list[int]]
-) -> None:
+def test_a_wrong_row_is_noticed(engine: Callable[[str], Engine], prompts: list[list[int]]) -> None:
     one = engine("uncached")
     expected = one.texts(prompts, "none", temperature=1.0, max_tokens=16)
     before = one.ask("stats")["failures"].get("proposer_error", 0)
@@ -33,10 +31,7 @@ def test_a_wrong_row_is_noticed(
 
 
 def test_started_as_an_operator_does_with_heads_and_without() -> None:
-    speculate = {
-        "proposer": "medusa",
-        "options": {"proposer": {"model": str(HEADS)}},
-    }
+    speculate = {"proposer": "medusa", "options": {"proposer": {"model": str(HEADS)}}}
     settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128}
     with start("wrong heads", speculate, **settings) as one:
         one.wait_until_ready()

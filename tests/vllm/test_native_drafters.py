@@ -65,11 +65,7 @@ LAW = {"top_k": 3, "top_p": 0.98}
 
 
 def triples(
-    one: Engine,
-    prompt: list[int],
-    seed: int | None,
-    temperature: float = 1.2,
-    **options: object,
+    one: Engine, prompt: list[int], seed: int | None, temperature: float = 1.2, **options: object
 ) -> Counter:
     """How often each three first tokens came out; at most 27 do."""
     requests = [

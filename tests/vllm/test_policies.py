@@ -42,9 +42,7 @@ def test_the_text_is_the_same_under_every_policy(
         assert (stats["nodes"] > 0) == (policy != "shadow")
 
 
-def test_goodput_reports_what_it_has_learnt(
-    one: Engine, prompts: list[list[int]]
-) -> None:
+def test_goodput_reports_what_it_has_learnt(one: Engine, prompts: list[list[int]]) -> None:
     one.ask("reset", changes={"policy": "goodput"})
     for _ in range(3):
         one.texts(prompts, "suffix")
@@ -52,9 +50,7 @@ def test_goodput_reports_what_it_has_learnt(
     assert learnt["estimates"]["observed"] > 50
     assert learnt["policy"]["steps"] > 20
     assert learnt["policy"]["relative_error"] > 0
-    cheap, dear = (
-        learnt["policy"]["step_ms_1_request_0_1_4_16_nodes"][i] for i in (0, 3)
-    )
+    cheap, dear = (learnt["policy"]["step_ms_1_request_0_1_4_16_nodes"][i] for i in (0, 3))
     assert 0 < cheap <= dear
 
 

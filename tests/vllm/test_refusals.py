@@ -10,11 +10,7 @@ import torch
 from vllm_specplugin import UnsupportedError
 from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.vllm.runner.async_step import DeviceSide
-from vllm_specplugin.vllm.runner.startup_checks import (
-    check_first,
-    check_head,
-    check_second,
-)
+from vllm_specplugin.vllm.runner.startup_checks import check_first, check_head, check_second
 from vllm_specplugin.vllm.runner.tree_runner import TreeRunnerV2, reads_drafts
 from vllm_specplugin.vllm.runner.tree_support import why_chains
 from vllm_specplugin.vllm.worker import describe
@@ -88,12 +84,7 @@ def test_nothing_is_refused_without_reason():
             "switch it off",
         ),
         ("vllm_config__watermark_config", object(), "watermarking", "switch it off"),
-        (
-            "model_config__return_sampling_mask",
-            True,
-            "return_sampling_mask",
-            "switch it off",
-        ),
+        ("model_config__return_sampling_mask", True, "return_sampling_mask", "switch it off"),
         ("model_config__enable_trace_replay", True, "trace replay", "switch it off"),
         ("model_config__is_diffusion", True, "a diffusion model", "switch it off"),
     ],
@@ -170,9 +161,7 @@ def test_a_head_of_another_target_is_refused(method):
     check_head(narrow)
 
 
-@pytest.mark.parametrize(
-    ("proposer", "scorer"), [(object(), "exact"), (None, "typical")]
-)
+@pytest.mark.parametrize(("proposer", "scorer"), [(object(), "exact"), (None, "typical")])
 def test_asynchronous_scheduling_wants_the_device(proposer, scorer):
     class Offers:
         def on_device(self, nodes, device):
@@ -181,8 +170,7 @@ def test_asynchronous_scheduling_wants_the_device(proposer, scorer):
     runner = SimpleNamespace(
         device=torch.device("cpu"),
         spec=SimpleNamespace(
-            proposer=proposer or Offers(),
-            config=SimpleNamespace(proposer="p", scorer=scorer),
+            proposer=proposer or Offers(), config=SimpleNamespace(proposer="p", scorer=scorer)
         ),
     )
     with pytest.raises(UnsupportedError, match="asynchronous scheduling with") as error:

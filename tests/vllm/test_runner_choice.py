@@ -45,10 +45,7 @@ def test_host_side_proposers_are_scheduled_synchronously(caplog):
 def test_device_side_proposers_keep_vllms_scheduling(proposer, own, caplog):
     with caplog.at_level("INFO", "vllm_specplugin"):
         method, asynchronous, made = told(
-            proposer,
-            policy="fixed",
-            max_nodes=9,
-            options={"policy": {"nodes": 5}, "proposer": own},
+            proposer, policy="fixed", max_nodes=9, options={"policy": {"nodes": 5}, "proposer": own}
         )
     assert method["method"] == "ngram_gpu"
     assert method["num_speculative_tokens"] == 5
@@ -84,9 +81,7 @@ def test_what_makes_device_side_proposers_synchronous(arguments, because, caplog
 def test_a_model_run_level_by_level_goes_to_the_first_runner(caplog):
     logging.getLogger("vllm_specplugin").propagate = True
     with caplog.at_level("INFO", "vllm_specplugin"):
-        method, asynchronous, _ = told(
-            "draft_model", options={"proposer": {"model": "m"}}
-        )
+        method, asynchronous, _ = told("draft_model", options={"proposer": {"model": "m"}})
     assert method["method"] == "draft_model"
     assert "driven" not in method
     assert asynchronous is False
@@ -117,9 +112,7 @@ def test_vllms_drafters_stay_on_the_second_runner():
 
 
 @pytest.mark.parametrize(("has_triton", "variable"), [(False, None), (True, "0")])
-def test_the_first_runner_is_kept_where_vllm_keeps_it(
-    has_triton, variable, monkeypatch
-):
+def test_the_first_runner_is_kept_where_vllm_keeps_it(has_triton, variable, monkeypatch):
     monkeypatch.setattr(vllm.triton_utils, "HAS_TRITON", has_triton)
     if variable is not None:
         monkeypatch.setenv(VARIABLE, variable)

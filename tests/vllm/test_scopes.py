@@ -10,9 +10,7 @@ from .conftest import Engine
 Get = Callable[[str], Engine]
 
 
-def test_salts_and_names_keep_texts_apart(
-    engine: Get, prompts: list[list[int]]
-) -> None:
+def test_salts_and_names_keep_texts_apart(engine: Get, prompts: list[list[int]]) -> None:
     one = engine("uncached")
 
     def accepted(name: str | None, salt: str | None) -> int:

@@ -84,9 +84,7 @@ def test_greedy_text_is_the_same_under_every_lossless_scorer(
         assert [tokens[0] for tokens in got["tokens"]] == truth
 
 
-def test_parameters_hold_under_every_scorer(
-    engine: Get, prompts: list[list[int]]
-) -> None:
+def test_parameters_hold_under_every_scorer(engine: Get, prompts: list[list[int]]) -> None:
     """Drafts that a request's parameters rule out lie right in the path."""
     from transformers import AutoTokenizer
 
@@ -173,9 +171,7 @@ def test_a_request_limits_its_own_drafts(engine: Get, prompts: list[list[int]]) 
     assert drafted() > 2
 
 
-def test_a_wrong_option_fails_its_request_only(
-    engine: Get, prompts: list[list[int]]
-) -> None:
+def test_a_wrong_option_fails_its_request_only(engine: Get, prompts: list[list[int]]) -> None:
     one = engine("uncached")
     params = {"max_tokens": 3, "temperature": 0.0}
     wrong = {"extra_args": {"spec_scorer": "typical", "spec_epsilon": 7}}
@@ -217,9 +213,7 @@ def test_drawn_drafts_leave_the_distribution_alone(
     scorer: str, engine: Get, prompts: list[list[int]], undrafted: np.ndarray
 ) -> None:
     """25 outcomes; by chance above 4 once in about 2,000 runs."""
-    got = counts(
-        engine("uncached"), prompts[3][:16], 90_000, use="drawn", spec_scorer=scorer
-    )
+    got = counts(engine("uncached"), prompts[3][:16], 90_000, use="drawn", spec_scorer=scorer)
     assert chi_squared(got, undrafted) < LIMIT
 
 

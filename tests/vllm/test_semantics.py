@@ -39,9 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("use", ["oracle", "random"])
 @pytest.mark.parametrize("case", CASES)
-def test_same_as_without_drafts(
-    case: str, use: str, engine: Get, prompts: list[list[int]]
-) -> None:
+def test_same_as_without_drafts(case: str, use: str, engine: Get, prompts: list[list[int]]) -> None:
     params = {"max_tokens": 40} | CASES[case]
     one = engine("chunked")
     truth = one.generate(prompts, "none", **params)
@@ -86,9 +84,7 @@ def test_logprobs_are_each_rows_own(engine: Get, prompts: list[list[int]]) -> No
                     assert other[token][1] == rank
 
 
-def test_several_completions_of_one_prompt(
-    engine: Get, prompts: list[list[int]]
-) -> None:
+def test_several_completions_of_one_prompt(engine: Get, prompts: list[list[int]]) -> None:
     one = engine("chunked")
     params = {"temperature": 1.0, "n": 3, "max_tokens": 30}
     truth = one.generate(prompts[5:8], "none", **params)

@@ -130,9 +130,7 @@ def test_vllms_own_wiring_tells_keys_apart(monkeypatch) -> None:
     from fastapi import FastAPI
     from fastapi.responses import StreamingResponse
     from starlette.testclient import TestClient
-    from vllm.entrypoints.serve.middleware.register import (
-        init_entrypoints_middleware,
-    )
+    from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
 
     app = FastAPI()
 

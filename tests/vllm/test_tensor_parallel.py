@@ -24,11 +24,7 @@ def test_text_is_that_of_one_rank_without_drafts(
     prompts: list[list[int]], engine: Callable[[str], Engine], tmp_path: Path
 ) -> None:
     # `goodput` decides by measured times, which differ between ranks.
-    spec = {
-        **SWITCH,
-        "proposer": "spec_proposers:OnSeveralRanks",
-        "policy": "goodput",
-    }
+    spec = {**SWITCH, "proposer": "spec_proposers:OnSeveralRanks", "policy": "goodput"}
     flag = tmp_path / "diverge"
     bind = {**_two_cores(), "SPEC_DIVERGE": str(flag)}
     with start("two ranks", spec, bind, tensor_parallel_size=2) as two:
@@ -50,9 +46,7 @@ def test_text_is_that_of_one_rank_without_drafts(
         with pytest.raises(EngineError):
             two.texts(prompts, "random", extra_args=drafts)
         log = two.log()
-    found = re.search(
-        r"rank 1 laid out draft trees with hash (\w+), rank 0 with (\w+)", log
-    )
+    found = re.search(r"rank 1 laid out draft trees with hash (\w+), rank 0 with (\w+)", log)
     assert found is not None and found[1] != found[2]
 
 

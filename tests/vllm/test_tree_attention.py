@@ -17,10 +17,7 @@ from vllm_specplugin.vllm.tree_attention.backend import PLAN_ATTRIBUTE, TreeImpl
 from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan, plan_tree_rows
 
 SCALE = 0.17
-READERS = {
-    "transposed": reference.read_transposed_blocks,
-    "split": reference.read_split_blocks,
-}
+READERS = {"transposed": reference.read_transposed_blocks, "split": reference.read_split_blocks}
 
 
 def random_trees(rng, contexts):
@@ -99,9 +96,7 @@ def compiled(query, cache, table, rows):
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("seed", range(4))
-def test_rows_see_the_prefix_their_ancestors_and_themselves(
-    seed, reader, groups, dtype
-):
+def test_rows_see_the_prefix_their_ancestors_and_themselves(seed, reader, groups, dtype):
     rng = np.random.default_rng(seed)
     contexts = [1, 31, 32, 77]
     heads, block_size, size = 2, 32, 64
@@ -273,10 +268,7 @@ def test_compiled_code_is_found_again_by_other_processes():
 
 @pytest.mark.parametrize("dtype", cpu.SUPPORTED_DTYPES)
 def test_nothing_is_left_to_compile_in_a_step(dtype):
-    from vllm_specplugin.vllm.tree_attention import (
-        _cpu_numba,
-        cpu_threads,
-    )
+    from vllm_specplugin.vllm.tree_attention import _cpu_numba, cpu_threads
 
     with patch.object(cpu, "threads", lambda: 3):
         cpu.compile_for(dtype)

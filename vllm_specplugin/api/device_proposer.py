@@ -65,9 +65,7 @@ class DeviceProposer(Protocol):
         """
         ...
 
-    def observe_rows(
-        self, tokens: torch.Tensor, top: torch.Tensor, emitted: torch.Tensor
-    ) -> None:
+    def observe_rows(self, tokens: torch.Tensor, top: torch.Tensor, emitted: torch.Tensor) -> None:
         """As in :class:`~vllm_specplugin.api.roles.RowObserver`, with tensors."""
         ...
 

@@ -49,12 +49,7 @@ _TOLERANCE = 1e-4
 
 
 def inflated_model(
-    source: Path,
-    *,
-    hidden: int = 768,
-    layers: int = 12,
-    intermediate: int = 2048,
-    seed: int = 0,
+    source: Path, *, hidden: int = 768, layers: int = 12, intermediate: int = 2048, seed: int = 0
 ) -> Path:
     """The inflated model of ``source``, made on first use and kept in the cache.
 
@@ -68,12 +63,7 @@ def inflated_model(
     return made_once(
         f"{source.name}-{shape}-{digest.hexdigest()[:16]}",
         lambda made: inflate(
-            source,
-            made,
-            hidden=hidden,
-            layers=layers,
-            intermediate=intermediate,
-            seed=seed,
+            source, made, hidden=hidden, layers=layers, intermediate=intermediate, seed=seed
         ),
     )
 
@@ -143,9 +133,7 @@ def inflate(
         shutil.copyfile(source / name, destination / name)
 
 
-def _check_shape(
-    small: LlamaConfig, hidden: int, layers: int, intermediate: int
-) -> None:
+def _check_shape(small: LlamaConfig, hidden: int, layers: int, intermediate: int) -> None:
     size = f"hidden {hidden}, {layers} layers, intermediate {intermediate}"
     head, heads = small.head_dim, small.num_attention_heads
     least = (small.hidden_size, small.num_hidden_layers, small.intermediate_size)
@@ -160,14 +148,10 @@ def _check_shape(
     elif (intermediate - least[2]) % 2 or (layers > least[1] and intermediate % 2):
         problem = "an even number of MLP neurons added in every layer"
     if problem:
-        raise UnsupportedError(
-            complain(f"inflation to {size}", problem, "choose another shape")
-        )
+        raise UnsupportedError(complain(f"inflation to {size}", problem, "choose another shape"))
 
 
-def _config(
-    small: LlamaConfig, hidden: int, layers: int, intermediate: int
-) -> LlamaConfig:
+def _config(small: LlamaConfig, hidden: int, layers: int, intermediate: int) -> LlamaConfig:
     from transformers import LlamaConfig
 
     values: dict[str, Any] = small.to_dict()
@@ -193,9 +177,7 @@ def basis(h: int, H: int, generator: Generator) -> Tensor:
     return P
 
 
-def _weights(
-    small: LlamaForCausalLM, config: LlamaConfig, seed: int
-) -> dict[str, Tensor]:
+def _weights(small: LlamaForCausalLM, config: LlamaConfig, seed: int) -> dict[str, Tensor]:
     """The larger model's state, from the small one's."""
     import torch
 
@@ -261,9 +243,7 @@ def _check_logits(small: LlamaForCausalLM, large: LlamaForCausalLM) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(
-        small.config.vocab_size, (2, 64), generator=generator, dtype=torch.long
-    )
+    tokens = torch.randint(small.config.vocab_size, (2, 64), generator=generator, dtype=torch.long)
     with torch.no_grad():
         expected, found = small(tokens).logits, large(tokens).logits
     error = ((expected - found).abs().max() / expected.abs().max()).item()

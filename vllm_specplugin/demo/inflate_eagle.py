@@ -31,12 +31,7 @@ _VERSION = 1
 
 
 def inflated_eagle(
-    head: Path,
-    source: Path,
-    *,
-    hidden: int = 768,
-    intermediate: int = 2048,
-    seed: int = 0,
+    head: Path, source: Path, *, hidden: int = 768, intermediate: int = 2048, seed: int = 0
 ) -> Path:
     """A head for ``inflated_model(source)``, made on first use, kept in the cache.
 
@@ -59,13 +54,7 @@ def inflated_eagle(
 
 
 def inflate_eagle(
-    head: Path,
-    source: Path,
-    destination: Path,
-    *,
-    hidden: int,
-    intermediate: int,
-    seed: int,
+    head: Path, source: Path, destination: Path, *, hidden: int, intermediate: int, seed: int
 ) -> None:
     """Writes the larger head: more attention heads and neurons, all of them idle.
 
@@ -74,12 +63,7 @@ def inflate_eagle(
     import torch
     from safetensors.torch import load_file
 
-    from vllm_specplugin.heads.eagle import (
-        EagleHead,
-        EagleShape,
-        load_eagle,
-        save_eagle,
-    )
+    from vllm_specplugin.heads.eagle import EagleHead, EagleShape, load_eagle, save_eagle
 
     small = load_eagle(head)
     h, size = small.shape.hidden_size, small.shape.head_dim

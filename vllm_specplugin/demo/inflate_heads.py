@@ -30,9 +30,7 @@ __all__ = ["inflate_heads", "inflated_heads"]
 _VERSION = 2
 
 
-def inflated_heads(
-    heads: Path, source: Path, *, hidden: int = 768, seed: int = 0
-) -> Path:
+def inflated_heads(heads: Path, source: Path, *, hidden: int = 768, seed: int = 0) -> Path:
     """Heads for ``inflated_model(source)``, made on first use, kept in the cache.
 
     Args:
@@ -53,9 +51,7 @@ def inflated_heads(
     )
 
 
-def inflate_heads(
-    heads: Path, source: Path, destination: Path, *, hidden: int, seed: int
-) -> None:
+def inflate_heads(heads: Path, source: Path, destination: Path, *, hidden: int, seed: int) -> None:
     """Writes the larger heads, with the measurements of the small ones."""
     import torch
     from transformers import LlamaForCausalLM
@@ -65,9 +61,7 @@ def inflate_heads(
 
     model = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
     small = load_heads(
-        heads,
-        hidden_size=model.config.hidden_size,
-        vocab_size=model.config.vocab_size,
+        heads, hidden_size=model.config.hidden_size, vocab_size=model.config.vocab_size
     )
     shape = HeadShape(
         heads=small.shape.heads,

@@ -29,8 +29,7 @@ def model_path(name: str) -> Path:
             complain(
                 f"no model {name!r} in {folder}",
                 f"a folder {name!r} with config.json and model.safetensors",
-                "set SPECPLUGIN_MODELS to the folder examples/models of a clone "
-                "of the repository",
+                "set SPECPLUGIN_MODELS to the folder examples/models of a clone of the repository",
             )
         )
     return folder / name

@@ -53,9 +53,7 @@ def demo(*, rounds: int, max_tokens: int, json_path: Path | None) -> int:
         model=str(inflated_model(model_path("target"))),
         variants=parse_variants(VARIANTS),
         cells=_CELLS,
-        prompts=load_prompts(
-            "builtin:code", most=8 * rounds, least=8, tokens=_PROMPT_TOKENS
-        ),
+        prompts=load_prompts("builtin:code", most=8 * rounds, least=8, tokens=_PROMPT_TOKENS),
         rounds=rounds,
         max_tokens=max_tokens,
         prompt_tokens=_PROMPT_TOKENS,

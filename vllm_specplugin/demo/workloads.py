@@ -36,13 +36,7 @@ class Workload:
 
 
 def workload(
-    name: str,
-    model: Path,
-    count: int,
-    length: int,
-    *,
-    temperature: float,
-    seed: int = 0,
+    name: str, model: Path, count: int, length: int, *, temperature: float, seed: int = 0
 ) -> Workload:
     """Makes ``count`` prompts of about ``length`` tokens.
 
@@ -65,8 +59,7 @@ def workload(
         ]
         turns = [(parts[i % 3], i) for i in range(count)]
         return Workload(
-            [part.prompts[i] for part, i in turns],
-            [part.temperatures[i] for part, i in turns],
+            [part.prompts[i] for part, i in turns], [part.temperatures[i] for part, i in turns]
         )
     if name == "code":
         prompts = held_out_prompts(model, count, length, seed=seed)

@@ -21,15 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DEVICE_MODES", "OnDevice", "use"]
 
-DEVICE_MODES = (
-    "branch",
-    "random",
-    "holes",
-    "chain",
-    "raises",
-    "placeholder",
-    "changing",
-)
+DEVICE_MODES = ("branch", "random", "holes", "chain", "raises", "placeholder", "changing")
 """``holes``: a tree with the truth on a path, and nodes without a token; else as in
 :data:`.adversary.MODES`."""
 
@@ -64,8 +56,7 @@ class OnDevice:
         trees = [self._draft(ctx, i, mode, rng) for i in range(len(ctx.last))]
         shape = (len(trees), self._nodes)
         tokens, parents = (
-            torch.from_numpy(np.array(part, dtype=np.int64).reshape(shape))
-            for part in zip(*trees)
+            torch.from_numpy(np.array(part, dtype=np.int64).reshape(shape)) for part in zip(*trees)
         )
         return tokens.to(self._device), parents.to(self._device)
 

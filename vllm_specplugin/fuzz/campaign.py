@@ -69,19 +69,12 @@ def frames(plan: Plan) -> Iterator[tuple[int, Frame, int]]:
         if runner == "both":
             last = number % _SECOND_EVERY == _SECOND_EVERY - 1
             runner = "v2" if last else "v1"
-        yield (
-            number,
-            make_frame(plan.seed, number, runner),
-            plan.per_frame or _PER_FRAME[runner],
-        )
+        yield (number, make_frame(plan.seed, number, runner), plan.per_frame or _PER_FRAME[runner])
         number += 1
 
 
 def campaign(
-    plan: Plan,
-    *,
-    start: Start = start_engine,
-    bar: Any = None,
+    plan: Plan, *, start: Start = start_engine, bar: Any = None
 ) -> tuple[Coverage, list[Failure]]:
     """Runs a plan.
 
@@ -95,9 +88,7 @@ def campaign(
     begun, left = time.monotonic(), plan.workloads
 
     def over() -> bool:
-        late = plan.minutes is not None and (
-            time.monotonic() - begun > 60 * plan.minutes
-        )
+        late = plan.minutes is not None and (time.monotonic() - begun > 60 * plan.minutes)
         return left <= 0 or late or len(failures) >= plan.most_failures
 
     for number, frame, count in frames(plan):
@@ -121,9 +112,7 @@ def campaign(
     return coverage, failures
 
 
-def _shrunk(
-    session: Session, workload: Workload, problems: list[str], plan: Plan
-) -> Failure:
+def _shrunk(session: Session, workload: Workload, problems: list[str], plan: Plan) -> Failure:
     def fails(candidate: Workload) -> bool:
         return session.judge(candidate).failed
 
@@ -137,9 +126,7 @@ def _shrunk(
     )
 
 
-def replay_case(
-    case: Case, *, start: Start = start_engine
-) -> tuple[Coverage, list[str]]:
+def replay_case(case: Case, *, start: Start = start_engine) -> tuple[Coverage, list[str]]:
     """Runs one case from a file."""
     coverage = Coverage()
     with Session(case.frame, start) as session:

@@ -14,26 +14,19 @@ __all__ = ["add_command"]
 def add_command(commands: Any) -> None:
     """Adds the command to ``specplugin``'s."""
     fuzz = commands.add_parser(
-        "fuzz",
-        help="random workloads against hostile proposers: does the text ever change?",
+        "fuzz", help="random workloads against hostile proposers: does the text ever change?"
     )
     fuzz.add_argument("--seed", type=int, default=0, help="default: 0")
-    fuzz.add_argument(
-        "--workloads", type=int, default=200, metavar="N", help="default: 200"
-    )
+    fuzz.add_argument("--workloads", type=int, default=200, metavar="N", help="default: 200")
     fuzz.add_argument(
         "--runner",
         choices=("v1", "v2", "both"),
         default="both",
         help="vLLM's model runners; the second is slow without a GPU (default: both)",
     )
-    fuzz.add_argument(
-        "--time", type=float, metavar="MINUTES", help="begin nothing after so long"
-    )
+    fuzz.add_argument("--time", type=float, metavar="MINUTES", help="begin nothing after so long")
     fuzz.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
-    fuzz.add_argument(
-        "--workload", type=Path, metavar="FILE", help="run one reproducer instead"
-    )
+    fuzz.add_argument("--workload", type=Path, metavar="FILE", help="run one reproducer instead")
     fuzz.add_argument(
         "--out",
         type=Path,
@@ -62,15 +55,8 @@ def _campaign(args: argparse.Namespace) -> int:
 
     from vllm_specplugin.fuzz.campaign import Plan, campaign, write_reproducer
 
-    plan = Plan(
-        seed=args.seed,
-        workloads=args.workloads,
-        runner=args.runner,
-        minutes=args.time,
-    )
-    with tqdm(
-        total=plan.workloads, unit="workload", file=sys.stderr, dynamic_ncols=True
-    ) as bar:
+    plan = Plan(seed=args.seed, workloads=args.workloads, runner=args.runner, minutes=args.time)
+    with tqdm(total=plan.workloads, unit="workload", file=sys.stderr, dynamic_ncols=True) as bar:
         coverage, failures = campaign(plan, bar=bar)
     print("\n".join(coverage.table()))
     for failure in failures:

@@ -41,18 +41,14 @@ def compare_texts(
     return problems
 
 
-def _comparable(
-    requests: Sequence[Request], got: Sequence[Mapping[str, Any]], number: int
-) -> bool:
+def _comparable(requests: Sequence[Request], got: Sequence[Mapping[str, Any]], number: int) -> bool:
     """Whether a request's prompt and text must be what they are without drafts: not
     if it, or what it follows, is scored by another rule, or that was aborted."""
     request = requests[number]
     if not request.exact:
         return False
     follows = request.follows
-    return follows is None or (
-        not got[follows]["aborted"] and _comparable(requests, got, follows)
-    )
+    return follows is None or (not got[follows]["aborted"] and _comparable(requests, got, follows))
 
 
 def _differences(want: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
@@ -72,9 +68,7 @@ def _differences(want: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]
         if found["aborted"] and not tokens:
             continue
         problems += _logprob_differences(
-            want["logprobs"][index],
-            found["logprobs"][index],
-            f"logprobs of completion {index}",
+            want["logprobs"][index], found["logprobs"][index], f"logprobs of completion {index}"
         )
         if found["aborted"]:
             continue

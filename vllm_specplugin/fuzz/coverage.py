@@ -52,9 +52,7 @@ class Coverage:
         self._add("drafting", f"policy {drafting.get('policy', 'fixed')}")
         outputs = verdict.got.get("outputs", [])
         for request, output in zip(workload.requests, outputs):
-            self._request(
-                request, output, adversary=name == PATH and own == "adversary"
-            )
+            self._request(request, output, adversary=name == PATH and own == "adversary")
         for feature, count in verdict.got.get("seen", {}).items():
             self._add("scheduler", feature, count)
         stats = verdict.got.get("stats") or {}
@@ -64,9 +62,7 @@ class Coverage:
             self._add("drafts", f"contained: {kind}", count)
         self.depths.update(dict(enumerate(stats.get("accepted_by_depth", []), start=1)))
 
-    def _request(
-        self, request: Request, output: Mapping[str, Any], *, adversary: bool
-    ) -> None:
+    def _request(self, request: Request, output: Mapping[str, Any], *, adversary: bool) -> None:
         add = self._add
         add("requests", "all")
         if output["refused"]:

@@ -166,9 +166,7 @@ def _text(rng: Rng, length: int) -> list[int]:
     return [int(t) for t in rng.choice(letters, length)]
 
 
-def _prompt(
-    rng: Rng, frame: Frame, shared: list[int], params: dict[str, Any]
-) -> tuple[int, ...]:
+def _prompt(rng: Rng, frame: Frame, shared: list[int], params: dict[str, Any]) -> tuple[int, ...]:
     """Lengths around the edges of blocks, of a root and its nodes, and of the
     context; often with a beginning in common."""
     longest, nodes = frame.max_model_len, frame.max_nodes
@@ -189,9 +187,7 @@ def _prompt(
 def _params(rng: Rng, number: int, frame: Frame) -> dict[str, Any]:
     """Sampling parameters, each with some probability."""
     params: dict[str, Any] = {
-        "temperature": float(
-            rng.choice([0.0, 0.3, 1.0, 2.0], p=[0.4, 0.15, 0.3, 0.15])
-        ),
+        "temperature": float(rng.choice([0.0, 0.3, 1.0, 2.0], p=[0.4, 0.15, 0.3, 0.15])),
         "max_tokens": int(rng.integers(1, 20)),
         "seed": 1000 * (number + 1) + int(rng.integers(1000)),
         "ignore_eos": bool(rng.random() < 0.8),
@@ -240,9 +236,7 @@ def _structure(rng: Rng) -> dict[str, Any]:
     return {"regex": str(rng.choice(_REGEXES))}
 
 
-def _limits(
-    rng: Rng, sometimes: Callable[[float, Callable[[], Mapping[str, Any]]], bool]
-) -> None:
+def _limits(rng: Rng, sometimes: Callable[[float, Callable[[], Mapping[str, Any]]], bool]) -> None:
     """What ends a text, and what may not be in it."""
     words = np.array(["e", "a", "(", "th", "\n", " s", "1", "se", "=", "in"])
     sometimes(

@@ -64,9 +64,7 @@ class Session:
         self._start = start
         self._engines: dict[bool, Engine] = {}
         self._adapters = (
-            [str(path) for path in make_adapters()]
-            if "enable_lora" in frame.engine
-            else []
+            [str(path) for path in make_adapters()] if "enable_lora" in frame.engine else []
         )
 
     def judge(self, workload: Workload) -> Verdict:
@@ -111,9 +109,7 @@ class Session:
             return []
         work = Workload(requests=tuple(requests), seed=workload.seed)
         answer = self._play(work, True, None, None, aborts=False)
-        found = compare_texts(
-            work.requests, answer["outputs"], [truth["outputs"][i] for i in kept]
-        )
+        found = compare_texts(work.requests, answer["outputs"], [truth["outputs"][i] for i in kept])
         return [f"against vLLM itself, of {kept}: {text}" for text in found]
 
     def _play(
@@ -177,11 +173,7 @@ def plain_request(request: Any, *, params: Any, extra: Any) -> Any:
 
 
 def start_engine(
-    frame: Frame,
-    vllm: bool,
-    *,
-    module: str = "vllm_specplugin.vllm.fuzz_process",
-    path: str = "",
+    frame: Frame, vllm: bool, *, module: str = "vllm_specplugin.vllm.fuzz_process", path: str = ""
 ) -> EngineProcess:
     """Starts an engine of a frame in a process of its own.
 

@@ -59,9 +59,7 @@ def _smaller(workload: Workload) -> Iterator[Workload]:
             yield from _with(workload, _without(requests, {i}))
     for i, request in enumerate(requests):
         for simpler in _simpler(request):
-            yield replace(
-                workload, requests=(*requests[:i], simpler, *requests[i + 1 :])
-            )
+            yield replace(workload, requests=(*requests[:i], simpler, *requests[i + 1 :]))
     options = workload.drafting
     if options.get("policy") not in {None, "fixed"}:
         yield replace(workload, drafting={**options, "policy": "fixed", "options": {}})

@@ -93,9 +93,7 @@ class Case:
 
     def to_json(self) -> str:
         """Short enough to be read: what is as usual is left out."""
-        return json.dumps(
-            {"frame": plain(self.frame), "workload": plain(self.workload)}, indent=1
-        )
+        return json.dumps({"frame": plain(self.frame), "workload": plain(self.workload)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Case:
@@ -108,13 +106,9 @@ class Case:
             values = json.loads(text)
             work = dict(values["workload"])
             requests = tuple(
-                Request(**{**one, "prompt": tuple(one["prompt"])})
-                for one in work.pop("requests")
+                Request(**{**one, "prompt": tuple(one["prompt"])}) for one in work.pop("requests")
             )
-            return cls(
-                frame=Frame(**values["frame"]),
-                workload=Workload(requests=requests, **work),
-            )
+            return cls(frame=Frame(**values["frame"]), workload=Workload(requests=requests, **work))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 complain(

@@ -99,8 +99,7 @@ class HeadCalibration:
                 raise ValueError(f"schema {found['schema']}")
             ranks, spreads = (
                 tuple(
-                    np.array(found[kind][name], dtype=np.float64)
-                    for kind in ("greedy", "sampled")
+                    np.array(found[kind][name], dtype=np.float64) for kind in ("greedy", "sampled")
                 )
                 for name in ("accuracies", "spread")
             )
@@ -241,8 +240,5 @@ def _losses(keys: Tensor, truth: Tensor) -> Floats:
     # A token that the heads do not know says nothing about the spread.
     keys, told = keys[torch.isfinite(told)], told[torch.isfinite(told)]
     return np.array(
-        [
-            float((torch.logsumexp(keys / s, -1) - told / s).sum())
-            for s in _SPREADS.tolist()
-        ]
+        [float((torch.logsumexp(keys / s, -1) - told / s).sum()) for s in _SPREADS.tolist()]
     )

@@ -20,9 +20,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _add_train(commands: Any) -> None:
-    train = commands.add_parser(
-        "train-heads", help="train Medusa heads for a model on your text"
-    )
+    train = commands.add_parser("train-heads", help="train Medusa heads for a model on your text")
     train.add_argument("--model", required=True, help="hub id or path of the target")
     train.add_argument(
         "--data",
@@ -64,9 +62,7 @@ def _add_train(commands: Any) -> None:
 
 
 def _add_calibrate(commands: Any) -> None:
-    measure = commands.add_parser(
-        "calibrate-heads", help="measure Medusa heads on your prompts"
-    )
+    measure = commands.add_parser("calibrate-heads", help="measure Medusa heads on your prompts")
     measure.add_argument("--model", required=True, help="hub id or path of the target")
     measure.add_argument("--heads", required=True, help="folder, file or hub id")
     measure.add_argument(
@@ -80,9 +76,7 @@ def _add_calibrate(commands: Any) -> None:
     measure.add_argument("--max-prompt-tokens", type=int, default=512)
     measure.add_argument("--batch", type=int, default=8, help="prompts at a time")
     measure.add_argument("--device", default="", help="default: a GPU if there is one")
-    measure.add_argument(
-        "--out", type=Path, metavar="FILE", help="default: beside the heads"
-    )
+    measure.add_argument("--out", type=Path, metavar="FILE", help="default: beside the heads")
     measure.set_defaults(run=_calibrate)
 
 
@@ -129,13 +123,11 @@ def _calibrate(args: argparse.Namespace) -> int:
     texts = read_prompts(args.prompts)
     folder = find_heads(args.heads)
     target = load_target(args.model, args.device)
-    heads = load_heads(
-        folder, hidden_size=target.hidden_size, vocab_size=target.vocab_size
-    ).to(target.device)
-    prompts = _tokenize(args.model, texts, args.max_prompt_tokens)
-    found = calibrate_heads(
-        target, heads, prompts, max_tokens=args.max_tokens, batch=args.batch
+    heads = load_heads(folder, hidden_size=target.hidden_size, vocab_size=target.vocab_size).to(
+        target.device
     )
+    prompts = _tokenize(args.model, texts, args.max_prompt_tokens)
+    found = calibrate_heads(target, heads, prompts, max_tokens=args.max_tokens, batch=args.batch)
     home = folder if folder.is_dir() else folder.parent
     path = args.out or home / CALIBRATION
     try:
@@ -151,8 +143,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             first = " ".join(f"{a:.3f}" for a in row[:4])
             print(f"  head {k}: {first}   {row[:8].sum():.3f}   {spread:.2f}")
         told = ", ".join(
-            f"{n} nodes {expected_tokens(accuracies.tolist(), n):.2f}"
-            for n in (4, 8, 16, 32, 64)
+            f"{n} nodes {expected_tokens(accuracies.tolist(), n):.2f}" for n in (4, 8, 16, 32, 64)
         )
         print(f"  tokens per step of the best static tree: {told}")
     print(f"written to {path}")

@@ -64,9 +64,7 @@ class EagleShape:
         read = {"eagle_aux_hidden_state_layer_ids": list(self.layers)}
         return {
             **({"eagle_config": read} if self.third else {}),
-            "architectures": [
-                "LlamaForCausalLMEagle3" if self.third else "LlamaForCausalLM"
-            ],
+            "architectures": ["LlamaForCausalLMEagle3" if self.third else "LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -98,9 +96,7 @@ class EagleShape:
             rope_theta=config["rope_theta"],
             eps=config["rms_norm_eps"],
             layers=tuple(
-                config.get("eagle_config", {}).get(
-                    "eagle_aux_hidden_state_layer_ids", ()
-                )
+                config.get("eagle_config", {}).get("eagle_aux_hidden_state_layer_ids", ())
             ),
         )
 
@@ -195,9 +191,7 @@ class EagleHead(nn.Module):
         layer: Any = self.midlayer if self.shape.third else self.layers[0]
         if self.shape.third:
             residual = features
-            x = torch.cat(
-                [layer.input_layernorm(embedded), layer.hidden_norm(features)], -1
-            )
+            x = torch.cat([layer.input_layernorm(embedded), layer.hidden_norm(features)], -1)
         else:
             x = residual = self.fc(torch.cat([embedded, features], -1))
         out, past = self._attend(layer.self_attn, x, positions, mask, past)
@@ -206,12 +200,7 @@ class EagleHead(nn.Module):
         return (self.norm(out) if self.shape.third else out), out, past
 
     def _attend(
-        self,
-        weights: Any,
-        x: Tensor,
-        positions: Tensor,
-        mask: Tensor,
-        past: Past | None,
+        self, weights: Any, x: Tensor, positions: Tensor, mask: Tensor, past: Past | None
     ) -> tuple[Tensor, Past]:
         split = (*x.shape[:2], self.shape.heads, self.shape.head_dim)
         q, k, v = (
@@ -235,9 +224,7 @@ def _turn(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def save_eagle(
-    head: EagleHead, folder: Path, dtype: torch.dtype = torch.bfloat16
-) -> None:
+def save_eagle(head: EagleHead, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Writes ``config.json`` and weights."""
     folder.mkdir(parents=True, exist_ok=True)
     stored = {"dtype": str(dtype).removeprefix("torch.")}

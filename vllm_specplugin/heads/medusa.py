@@ -46,9 +46,7 @@ _FILES = (
     "pytorch_model.bin",
 )
 _PREFIX = re.compile(r"^(model\.)?medusa_heads?\.")
-_BLOCK = re.compile(
-    r"^(?:(\d+)\.(\d+)\.linear|blocks\.(\d+)\.layers\.(\d+))\.(weight|bias)$"
-)
+_BLOCK = re.compile(r"^(?:(\d+)\.(\d+)\.linear|blocks\.(\d+)\.layers\.(\d+))\.(weight|bias)$")
 _LM_HEAD = re.compile(r"^(?:(\d+)\.\d+|lm_heads\.(\d+)|(lm_head))\.weight$")
 
 
@@ -75,9 +73,7 @@ class MedusaHeads(nn.Module):
         self.shape = shape
         size = shape.hidden_size
         self.blocks = nn.ModuleList(
-            nn.ModuleList(
-                nn.Linear(size, size, bias=shape.bias) for _ in range(shape.layers)
-            )
+            nn.ModuleList(nn.Linear(size, size, bias=shape.bias) for _ in range(shape.layers))
             for _ in range(shape.heads)
         )
         self.lm_heads = nn.ModuleList(
@@ -101,9 +97,7 @@ class MedusaHeads(nn.Module):
             states.append(z)
         return states
 
-    def logits(
-        self, hidden: Tensor, lm_head: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
+    def logits(self, hidden: Tensor, lm_head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """What each head expects.
 
         Args:
@@ -140,9 +134,7 @@ class MedusaHeads(nn.Module):
         return whole
 
 
-def load_heads(
-    folder: Path, *, hidden_size: int = 0, vocab_size: int = 0
-) -> MedusaHeads:
+def load_heads(folder: Path, *, hidden_size: int = 0, vocab_size: int = 0) -> MedusaHeads:
     """Reads heads from a folder or a file.
 
     Args:
@@ -197,9 +189,7 @@ def find_heads(name: str) -> Path:
         return Path(name)
     remedy = "give the path of a folder, or a hub id"
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ConfigError(
-            complain(f"no Medusa heads at {name!r}", "a folder or file", remedy)
-        )
+        raise ConfigError(complain(f"no Medusa heads at {name!r}", "a folder or file", remedy))
     from huggingface_hub import snapshot_download
 
     wanted = [*_FILES, "config.json", CALIBRATION]
@@ -237,8 +227,7 @@ def save_heads(heads: MedusaHeads, folder: Path, **config: Any) -> None:
         weights[f"{k}.{shape.layers}.weight"] = lm_head.weight  # type: ignore[assignment]
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
-        {k: v.detach().to("cpu", torch.bfloat16) for k, v in weights.items()},
-        folder / _FILES[0],
+        {k: v.detach().to("cpu", torch.bfloat16) for k, v in weights.items()}, folder / _FILES[0]
     )
     written = {
         "model_type": "medusa",
@@ -262,11 +251,7 @@ def _weights_file(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise ConfigError(
-        complain(
-            f"no Medusa heads in {folder}",
-            f"one of {', '.join(_FILES)}",
-            "check the path",
-        )
+        complain(f"no Medusa heads in {folder}", f"one of {', '.join(_FILES)}", "check the path")
     )
 
 
@@ -353,8 +338,7 @@ def _shape(
         raise ConfigError(
             complain(
                 f"Medusa heads {path} without lm_heads",
-                f"{heads} of them, or one and original_lm_head in config.json, or "
-                "tie_lm_head",
+                f"{heads} of them, or one and original_lm_head in config.json, or tie_lm_head",
                 'add "tie_lm_head": true to config.json to use the target\'s',
             )
         )
@@ -385,9 +369,7 @@ def _shape(
     ), token_map
 
 
-def _tokens(
-    shape: HeadShape, token_map: Tensor | None, config: Mapping[str, Any]
-) -> int:
+def _tokens(shape: HeadShape, token_map: Tensor | None, config: Mapping[str, Any]) -> int:
     """Size of the vocabulary that the heads speak of, 0 if nothing says."""
     if token_map is None:
         return shape.vocab_size

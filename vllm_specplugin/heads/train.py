@@ -233,9 +233,7 @@ def _head(heads: MedusaHeads, k: int, target: Target) -> Any:
     return heads.lm_heads[k if len(heads.lm_heads) > 1 else 0]
 
 
-def _backward(
-    target: Target, heads: MedusaHeads, rows: Tensor, settings: TrainSettings
-) -> float:
+def _backward(target: Target, heads: MedusaHeads, rows: Tensor, settings: TrainSettings) -> float:
     """Adds the loss's gradient; returns the loss."""
     hidden = target.hidden(rows)
     count = heads.shape.heads

@@ -65,9 +65,7 @@ LOW = 0xFFFFFFFF
 ONE_BELOW_ONE = np.float32(1 - 2**-24)
 
 
-def philox4x32(
-    counter: npt.NDArray[np.uint64], key: tuple[Any, Any]
-) -> npt.NDArray[np.uint64]:
+def philox4x32(counter: npt.NDArray[np.uint64], key: tuple[Any, Any]) -> npt.NDArray[np.uint64]:
     """Philox4x32-10.
 
     Args:
@@ -148,12 +146,9 @@ def gumbel_rows(
 
     if kind == MURMUR:
         keys, places = (
-            torch.from_numpy(x.astype(np.int64)).to(device)[:, None]
-            for x in (seeds, positions)
+            torch.from_numpy(x.astype(np.int64)).to(device)[:, None] for x in (seeds, positions)
         )
-        return murmur.gumbel_tensor(
-            keys, places, torch.arange(vocab_size, device=device)
-        )
+        return murmur.gumbel_tensor(keys, places, torch.arange(vocab_size, device=device))
     if device.type == "cpu":
         u = np.empty((len(seeds), vocab_size), dtype=np.float32)
         from vllm_specplugin.noise import (
@@ -166,9 +161,7 @@ def gumbel_rows(
         from vllm_specplugin.noise import _gumbel_triton
 
         pairs = np.stack([seeds.astype(np.uint64).view(np.int64), positions])
-        uniform = _gumbel_triton.uniform_rows(
-            torch.from_numpy(pairs).to(device), vocab_size
-        )
+        uniform = _gumbel_triton.uniform_rows(torch.from_numpy(pairs).to(device), vocab_size)
     else:
         uniform = _tensor_uniform(seeds, positions, vocab_size, device)
     return uniform.neg_().log1p_().neg_().log_().neg_()
@@ -244,12 +237,7 @@ def _tensor_uniform(
     k0, k1 = words(seeds, 0), words(seeds, 32)
     for _ in range(ROUNDS):
         x, y = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            (y >> 32 & LOW) ^ c1 ^ k0,
-            y & LOW,
-            (x >> 32 & LOW) ^ c3 ^ k1,
-            x & LOW,
-        )
+        c0, c1, c2, c3 = ((y >> 32 & LOW) ^ c1 ^ k0, y & LOW, (x >> 32 & LOW) ^ c3 ^ k1, x & LOW)
         k0, k1 = k0 + WEYL[0] & LOW, k1 + WEYL[1] & LOW
     shape = (len(seeds), blocks)
     bits = torch.stack([c.expand(shape) for c in (c0, c1, c2, c3)], -1)

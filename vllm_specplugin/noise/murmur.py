@@ -68,9 +68,7 @@ def _words(seed: int, position: int) -> tuple[int, int, int]:
     return seed & _LOW, seed >> 32 & _LOW, position - 1 & _LOW
 
 
-def gumbel(
-    seed: int, position: int, tokens: npt.NDArray[np.integer]
-) -> npt.NDArray[np.float32]:
+def gumbel(seed: int, position: int, tokens: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
     """As :func:`vllm_specplugin.noise.gumbel.gumbel`.
 
     >>> [round(float(g), 3) for g in gumbel(1, 5, np.array([3, 9, 3]))]
@@ -84,9 +82,7 @@ def gumbel(
     for n in range(7, 0, -1):
         terms = np.float32(1 / n) + u * terms
     direct = np.log(np.maximum(one - u, np.float32(_SMALLEST)))
-    noise: npt.NDArray[np.float32] = -np.log(
-        -np.where(u < np.float32(0.25), -u * terms, direct)
-    )
+    noise: npt.NDArray[np.float32] = -np.log(-np.where(u < np.float32(0.25), -u * terms, direct))
     return noise
 
 

@@ -36,12 +36,7 @@ def likeliest_per_tree(survival: Floats, starts: Ints, most: Ints) -> Bools:
 
 
 def best_nodes(
-    survival: Floats,
-    price: Floats,
-    seconds: Floats,
-    base: float,
-    *,
-    forced: Bools | None = None,
+    survival: Floats, price: Floats, seconds: Floats, base: float, *, forced: Bools | None = None
 ) -> tuple[Bools, float]:
     """The set of nodes that maximises expected tokens per second.
 
@@ -84,9 +79,7 @@ def best_nodes(
     return keep, float(goodput[best])
 
 
-def causal_nodes(
-    survival: Floats, price: Floats, seconds: Floats, rate: float
-) -> Bools:
+def causal_nodes(survival: Floats, price: Floats, seconds: Floats, rate: float) -> Bools:
     """Nodes admitted one by one while each pays at a rate known beforehand.
 
     Whether a node is admitted depends on nodes that come before it in value and

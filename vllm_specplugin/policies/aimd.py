@@ -14,12 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api.roles import (
-    BudgetContext,
-    EngineInfo,
-    StepOutcome,
-    TrimContext,
-)
+from vllm_specplugin.api.roles import BudgetContext, EngineInfo, StepOutcome, TrimContext
 from vllm_specplugin.config import option
 
 __all__ = ["AimdPolicy"]
@@ -50,9 +45,7 @@ class AimdPolicy:
 
     def observe(self, outcome: StepOutcome) -> None:
         config = self._config
-        for req_id, deepest, accepted in zip(
-            outcome.req_ids, outcome.deepest, outcome.accepted
-        ):
+        for req_id, deepest, accepted in zip(outcome.req_ids, outcome.deepest, outcome.accepted):
             if deepest:
                 depth = self._depth.get(req_id, config.start)
                 depth += config.up if accepted == deepest else -config.down

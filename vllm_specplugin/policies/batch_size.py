@@ -13,12 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api.roles import (
-    BudgetContext,
-    EngineInfo,
-    StepOutcome,
-    TrimContext,
-)
+from vllm_specplugin.api.roles import BudgetContext, EngineInfo, StepOutcome, TrimContext
 from vllm_specplugin.errors import ConfigError, complain
 
 __all__ = ["BatchSizePolicy"]
@@ -54,8 +49,7 @@ class BatchSizePolicy:
                     raise ConfigError(
                         complain(
                             f"batch_size options: table entry {entry!r}",
-                            f"[{expected}, last, depth] with last >= {expected} and "
-                            "depth >= 0",
+                            f"[{expected}, last, depth] with last >= {expected} and depth >= 0",
                             "write ascending entries without gaps, from 1 on, such "
                             "as [[1, 8, 4], [9, 64, 1], [65, 256, 0]]",
                         )

@@ -27,22 +27,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api.roles import (
-    BudgetContext,
-    EngineInfo,
-    StepOutcome,
-    TrimContext,
-)
+from vllm_specplugin.api.roles import BudgetContext, EngineInfo, StepOutcome, TrimContext
 from vllm_specplugin.config import option
 
 __all__ = ["ConfidencePolicy"]
 
-_DEFAULTS = {
-    "survival": (0.3, 0.0),
-    "token": (0.4, 0.0),
-    "adaedl": (0.3, 0.2),
-    "svip": (0.3, 0.15),
-}
+_DEFAULTS = {"survival": (0.3, 0.0), "token": (0.4, 0.0), "adaedl": (0.3, 0.2), "svip": (0.3, 0.15)}
 """Threshold and weight of each rule."""
 
 
@@ -77,9 +67,7 @@ class ConfidencePolicy:
         else:
             doubt = np.sqrt(self._weight * _entropy(ctx))
             passes = (
-                1 - doubt >= self._threshold
-                if self._rule == "adaedl"
-                else doubt <= self._threshold
+                1 - doubt >= self._threshold if self._rule == "adaedl" else doubt <= self._threshold
             )
         keep = passes.copy()
         for depth in range(2, int(ctx.depths.max(initial=0)) + 1):

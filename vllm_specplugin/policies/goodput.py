@@ -28,19 +28,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api.roles import (
-    BudgetContext,
-    EngineInfo,
-    StepOutcome,
-    TrimContext,
-)
+from vllm_specplugin.api.roles import BudgetContext, EngineInfo, StepOutcome, TrimContext
 from vllm_specplugin.config import option
 from vllm_specplugin.policies._backoff import Backoff
-from vllm_specplugin.policies._selection import (
-    best_nodes,
-    causal_nodes,
-    likeliest_per_tree,
-)
+from vllm_specplugin.policies._selection import best_nodes, causal_nodes, likeliest_per_tree
 from vllm_specplugin.step.cost_model import StepShape, StepTimeModel
 from vllm_specplugin.utils.env import cache_dir
 
@@ -75,10 +66,7 @@ class GoodputPolicy:
             0.02, "least predicted gain for which to verify anything", low=0, high=1
         )
         draft_share: float = option(
-            0.003,
-            "share of the time that drafts which do not pay may take",
-            low=1e-6,
-            high=1,
+            0.003, "share of the time that drafts which do not pay may take", low=1e-6, high=1
         )
         explore_steps: int = option(
             64, "after so many steps without drafts, verify some to measure", low=1
@@ -142,8 +130,7 @@ class GoodputPolicy:
         shape = StepShape(requests=requests, nodes=counts, attended=context.sum())
         seconds = self._times.seconds(shape)
         price = (
-            context[owner] * self._times.per_attended()
-            + ctx.off_chain * self._times.per_masked()
+            context[owner] * self._times.per_attended() + ctx.off_chain * self._times.per_masked()
         )
         forced = likeliest_per_tree(ctx.survival, ctx.starts, np.asarray(ctx.floors))
         if ctx.sampled.any():

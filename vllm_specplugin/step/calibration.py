@@ -58,13 +58,7 @@ class Calibration:
         self._error = self._raw_error = 0.0
         self._observed = 0
 
-    def apply(
-        self,
-        estimates: Floats,
-        depths: Ints,
-        sampled: Bools,
-        factors: Floats,
-    ) -> Floats:
+    def apply(self, estimates: Floats, depths: Ints, sampled: Bools, factors: Floats) -> Floats:
         """Corrected estimates.
 
         Args:
@@ -122,9 +116,7 @@ class Calibration:
         weight = min(weight, 1.0)
         missed, claimed = general - hits, claimed - hits
         self._error += weight * (float(missed @ missed) / len(owner) - self._error)
-        self._raw_error += weight * (
-            float(claimed @ claimed) / len(owner) - self._raw_error
-        )
+        self._raw_error += weight * (float(claimed @ claimed) / len(owner) - self._raw_error)
 
     def release(self, req_ids: Sequence[str]) -> None:
         """Forgets requests."""

@@ -103,8 +103,7 @@ class LinearTime:
             if len(self._opening) < self._open:
                 return
             self.scale = min(
-                took / max(float(self.relative(step)), 1e-3)
-                for step, took, _ in self._opening
+                took / max(float(self.relative(step)), 1e-3) for step, took, _ in self._opening
             )
             opening, self._opening = self._opening, []
             for measured in opening:
@@ -157,9 +156,7 @@ class LinearTime:
         information = np.asarray(state["information"], dtype=np.float64)
         moment = np.asarray(state["moment"], dtype=np.float64)
         scale = float(state["scale"])
-        fits = information.shape == self._prior.shape and moment.shape == (
-            len(self._prior),
-        )
+        fits = information.shape == self._prior.shape and moment.shape == (len(self._prior),)
         if not fits or not (
             np.isfinite(information).all()
             and np.isfinite(moment).all()
@@ -167,9 +164,7 @@ class LinearTime:
             and scale > 0
         ):
             raise ValueError("coefficients of another shape, or not finite")
-        coefficients: Floats = np.asarray(
-            np.linalg.solve(information, moment), dtype=np.float64
-        )
+        coefficients: Floats = np.asarray(np.linalg.solve(information, moment), dtype=np.float64)
         share = min(1.0, strength / max(1, int(state["observed"])))
         # Less evidence, same best guess.
         self._information = self._prior + share * (information - self._prior)
@@ -181,9 +176,7 @@ class LinearTime:
 def call_time() -> LinearTime:
     """What a call of a proposer takes, of the features 1 and requests: known from
     the first on, most of it presumed to be there for one request too."""
-    return LinearTime(
-        np.array([0.85, 0.15]), np.array([0.5, 0.3]), noise=0.3, opening=1
-    )
+    return LinearTime(np.array([0.85, 0.15]), np.array([0.5, 0.3]), noise=0.3, opening=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

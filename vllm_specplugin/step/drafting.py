@@ -185,10 +185,7 @@ class Drafter:
         return told
 
     def _calibrate(
-        self,
-        last: Drafted,
-        outcome: StepOutcome,
-        emitted: npt.NDArray[np.integer],
+        self, last: Drafted, outcome: StepOutcome, emitted: npt.NDArray[np.integer]
     ) -> list[int]:
         """Learns from what was drafted, and says how far it was right."""
         trees = len(last.forest.starts) - 1
@@ -232,9 +229,7 @@ class Drafter:
                     )
                 )
             # A request's own floor holds under any policy.
-            return [
-                min(max(int(n), r.floor), r.limit) for n, r in zip(budgets, requests)
-            ]
+            return [min(max(int(n), r.floor), r.limit) for n, r in zip(budgets, requests)]
         except Exception as error:
             self._failed("policy_error", error)
             return [0] * len(requests)
@@ -287,9 +282,7 @@ class Drafter:
         except Exception as error:
             return self._lost([view], error)[0]
 
-    def _lost(
-        self, views: list[RequestView], error: Exception
-    ) -> list[DraftTree | None]:
+    def _lost(self, views: list[RequestView], error: Exception) -> list[DraftTree | None]:
         malformed = isinstance(error, DraftTreeError)
         self._failed("malformed_tree" if malformed else "proposer_error", error)
         return [None] * len(views)
@@ -322,9 +315,7 @@ class Drafter:
                             "return a tree per request, EMPTY_TREE for none",
                         )
                     )
-                tree.validate(
-                    max_nodes=view.max_nodes, vocab_size=self._engine.vocab_size
-                )
+                tree.validate(max_nodes=view.max_nodes, vocab_size=self._engine.vocab_size)
                 checked.append(tree.no_deeper(view.max_depth))
             except DraftTreeError as error:
                 self._failed("malformed_tree", error)

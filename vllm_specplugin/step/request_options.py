@@ -61,9 +61,7 @@ class RequestParser:
     def __init__(self, config: SpecConfig) -> None:
         self._config = config
         factories = [ROLES[role].get(getattr(config, role)) for role in ROLES]
-        self._others = {
-            name for one in factories for name in getattr(one, "request_options", ())
-        }
+        self._others = {name for one in factories for name in getattr(one, "request_options", ())}
         self._factories: dict[str, Any] = {}
         self._common = None if config.cache_scope == "request" else ""
         self.default = RequestOptions(
@@ -78,9 +76,7 @@ class RequestParser:
         names = self._config.request_scorers
         if names is None:
             names = [
-                name
-                for name in SCORERS.names()
-                if getattr(self._factory(name), "lossless", False)
+                name for name in SCORERS.names() if getattr(self._factory(name), "lossless", False)
             ]
         return sorted({self._config.scorer, *names})
 
@@ -167,8 +163,7 @@ class RequestParser:
                     complain(
                         f"{PREFIX}{name}={shown(chosen[name])}",
                         f"at most {most}, the operator's limit for requests",
-                        "lower it, or have the operator raise request_limits in "
-                        "--spec-options",
+                        "lower it, or have the operator raise request_limits in --spec-options",
                     )
                 )
 
@@ -210,11 +205,7 @@ def _scope(value: Any) -> str:
 def _nodes(key: str, value: Any) -> int | None:
     if value is None:
         return None
-    if (
-        not isinstance(value, int)
-        or isinstance(value, bool)
-        or not (0 <= value <= MAX_NODES)
-    ):
+    if not isinstance(value, int) or isinstance(value, bool) or not (0 <= value <= MAX_NODES):
         raise ConfigError(
             complain(
                 f"{PREFIX}{key}={shown(value)}",

@@ -37,9 +37,7 @@ class RequestScorer:
     def __init__(self, config: SpecConfig, engine: EngineInfo) -> None:
         self._config = config
         self._engine = engine
-        self._scorers: dict[str, Scorer] = {
-            config.scorer: build(config, "scorer", engine)
-        }
+        self._scorers: dict[str, Scorer] = {config.scorer: build(config, "scorer", engine)}
         self._parser = RequestParser(config)
         self._choices: dict[str, RequestOptions] = {}
 
@@ -136,17 +134,14 @@ def take(
             choose=None if choose is None else lambda: choose()[index],
             draft_rows=of_rows(batch.draft_rows),
             sampled=of_rows(batch.sampled),
-            replacement=None
-            if batch.replacement is None
-            else batch.replacement[requests],
+            replacement=None if batch.replacement is None else batch.replacement[requests],
         ),
         rows,
     )
 
 
 def merge(
-    batch: ScoreBatch,
-    parts: Sequence[tuple[Sequence[int], npt.NDArray[np.int64], ScoreResult]],
+    batch: ScoreBatch, parts: Sequence[tuple[Sequence[int], npt.NDArray[np.int64], ScoreResult]]
 ) -> ScoreResult:
     """Puts the results of :func:`take`'s parts together.
 
@@ -170,6 +165,4 @@ def merge(
         if result.relaxed is not None:
             relaxed[at] = result.relaxed
         guarded.update(result.guarded or {})
-    return ScoreResult(
-        tokens=tokens, rows=rows, lengths=lengths, relaxed=relaxed, guarded=guarded
-    )
+    return ScoreResult(tokens=tokens, rows=rows, lengths=lengths, relaxed=relaxed, guarded=guarded)

@@ -200,9 +200,7 @@ class TraceWriter:
             if self._steps % _FLUSH_STEPS == 1:
                 self._file.flush()
             if self._raw.tell() > self._limit:
-                logger.warning(
-                    "trace %s has reached its limit and ends here", self._path
-                )
+                logger.warning("trace %s has reached its limit and ends here", self._path)
                 self.close()
         except OSError as error:
             self._lost(error)
@@ -221,11 +219,7 @@ def read_trace(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     except (EOFError, ValueError, OSError, zlib.error) as error:
         if not lines:
             raise TraceError(
-                complain(
-                    f"{path}: {error}",
-                    "a trace written with --spec-trace",
-                    "check the path",
-                )
+                complain(f"{path}: {error}", "a trace written with --spec-trace", "check the path")
             ) from error
     if not all(isinstance(line, dict) for line in lines):
         lines = [{"schema": "of something else"}]

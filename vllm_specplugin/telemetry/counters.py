@@ -78,9 +78,7 @@ class SpecMetrics:
             for depth in range(accepted):
                 self.accepted_by_depth[depth] += 1
 
-    def observe_lenience(
-        self, result: ScoreResult, sampled: npt.NDArray[np.bool_]
-    ) -> None:
+    def observe_lenience(self, result: ScoreResult, sampled: npt.NDArray[np.bool_]) -> None:
         """Adds what a step's lossy rules let pass, of requests that emitted."""
         if result.relaxed is not None:
             self.emitted_by_relaxation += int(result.relaxed[sampled].sum())

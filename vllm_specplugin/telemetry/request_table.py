@@ -94,10 +94,7 @@ def _search(tables: Sequence[npt.NDArray[Any]], key: int) -> dict[str, Any] | No
         rows = np.flatnonzero(table["key"] == key)
         if len(rows):
             row = table[rows[0]]
-            return {
-                "scorer": row["scorer"].decode(),
-                "emitted_by_relaxation": int(row["relaxed"]),
-            }
+            return {"scorer": row["scorer"].decode(), "emitted_by_relaxation": int(row["relaxed"])}
     return None
 
 

@@ -43,12 +43,7 @@ def held_out_files(library: Path | None = None) -> list[Path]:
 
 
 def held_out_prompts(
-    model: Path,
-    count: int,
-    length: int,
-    *,
-    seed: int = 0,
-    library: Path | None = None,
+    model: Path, count: int, length: int, *, seed: int = 0, library: Path | None = None
 ) -> list[list[int]]:
     """Cuts ``count`` different prompts of ``length`` tokens each.
 
@@ -82,8 +77,7 @@ def held_out_prompts(
     if len(found) < count:
         raise SpecPluginError(
             complain(
-                f"{len(found)} held-out prompts of {length} tokens in "
-                f"{library or library_dir()}",
+                f"{len(found)} held-out prompts of {length} tokens in {library or library_dir()}",
                 f"at least {count}",
                 "ask for fewer or shorter prompts, or use a Python whose standard "
                 "library comes as source files",

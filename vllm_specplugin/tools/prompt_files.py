@@ -130,10 +130,7 @@ def _first_turn(entry: dict[str, Any]) -> Any:
         return entry["prompt"]
     if turns := entry.get("turns"):
         return turns[0] if isinstance(turns, list) else turns
-    for key, who, said in (
-        ("messages", "role", "content"),
-        ("conversations", "from", "value"),
-    ):
+    for key, who, said in (("messages", "role", "content"), ("conversations", "from", "value")):
         for turn in entry.get(key) or ():
             if isinstance(turn, dict) and turn.get(who) in {"user", "human"}:
                 return turn.get(said)

@@ -27,11 +27,7 @@ def provenance(settings: Mapping[str, Any]) -> dict[str, Any]:
             if (found := _version(name))
         }
         | {"python": platform.python_version()},
-        "machine": {
-            "cpu": _cpu_name(),
-            "cores": os.cpu_count(),
-            "system": platform.platform(),
-        },
+        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
         "settings": dict(settings),
     }
 

@@ -147,9 +147,7 @@ class Forest:
         Args:
             keep: ``[nodes]``, closed under taking parents.
         """
-        counts = np.add.reduceat(
-            np.append(keep, False).astype(np.int64), self.starts[:-1]
-        )
+        counts = np.add.reduceat(np.append(keep, False).astype(np.int64), self.starts[:-1])
         counts[self.sizes == 0] = 0  # reduceat repeats its neighbour there
         trees = []
         given: Any = self.draft_probs or [None] * len(counts)
@@ -208,9 +206,7 @@ class Drafted:
     """``[nodes]`` what was sent to be verified; filled in later."""
 
     @classmethod
-    def of(
-        cls, forest: Forest, requests: Sequence[DraftRequest], wanted: Sequence[int]
-    ) -> Drafted:
+    def of(cls, forest: Forest, requests: Sequence[DraftRequest], wanted: Sequence[int]) -> Drafted:
         """What was drafted for ``requests``, of which the proposer was asked for
         those at the places ``wanted``."""
         asked = np.zeros(len(requests), dtype=np.bool_)

@@ -100,9 +100,7 @@ class BatchProbs:
 
 
 def batch_probs(
-    given: Sequence[DraftProbs | None],
-    starts: npt.NDArray[np.int32],
-    device: torch.device,
+    given: Sequence[DraftProbs | None], starts: npt.NDArray[np.int32], device: torch.device
 ) -> BatchProbs | None:
     """Collects what the trees of a step were drawn from.
 

@@ -29,11 +29,7 @@ def scheduled_tree(scheduled: Sequence[int], drafted: DraftTree | None) -> Draft
     n = len(scheduled)
     if n == 0:
         return EMPTY_TREE
-    if (
-        drafted is not None
-        and n <= len(drafted)
-        and drafted.tokens[:n].tolist() == list(scheduled)
-    ):
+    if drafted is not None and n <= len(drafted) and drafted.tokens[:n].tolist() == list(scheduled):
         return drafted.prefix(n)
     return DraftTree.chain(scheduled)
 
@@ -161,9 +157,7 @@ class StepLayout:
             row = int(self.parents[row])
         return path[::-1]
 
-    def moves(
-        self, rows: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]
-    ) -> list[Move]:
+    def moves(self, rows: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]) -> list[Move]:
         """Which accepted nodes must be stored again, and where.
 
         Args:

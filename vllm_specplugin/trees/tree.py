@@ -125,8 +125,7 @@ class DraftTree:
                 complain(
                     f"node {node} has parent {int(self.parents[node])}",
                     f"a parent from -1 (the root) to {node - 1}",
-                    "list every node after its parent; cycles and unknown "
-                    "parents are refused",
+                    "list every node after its parent; cycles and unknown parents are refused",
                 )
             )
         # The comparison is also False for NaN.
@@ -141,9 +140,7 @@ class DraftTree:
             )
 
     @classmethod
-    def chain(
-        cls, tokens: Sequence[int], estimates: Sequence[float] | None = None
-    ) -> DraftTree:
+    def chain(cls, tokens: Sequence[int], estimates: Sequence[float] | None = None) -> DraftTree:
         """A tree without branches."""
         return cls(tokens, np.arange(-1, len(tokens) - 1, dtype=np.int32), estimates)
 
@@ -185,9 +182,7 @@ class DraftTree:
                     "honour max_nodes of the request",
                 )
             )
-        if len(self) and not (
-            int(self.tokens.min()) >= 0 and int(self.tokens.max()) < vocab_size
-        ):
+        if len(self) and not (int(self.tokens.min()) >= 0 and int(self.tokens.max()) < vocab_size):
             raise DraftTreeError(
                 complain(
                     f"token ids from {self.tokens.min()} to {self.tokens.max()}",
@@ -202,9 +197,7 @@ class DraftTree:
         return len(self.tokens)
 
     def __repr__(self) -> str:
-        return (
-            f"DraftTree(tokens={self.tokens.tolist()}, parents={self.parents.tolist()})"
-        )
+        return f"DraftTree(tokens={self.tokens.tolist()}, parents={self.parents.tolist()})"
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -275,9 +268,7 @@ class DraftTree:
         if n >= len(self):
             return self
         probs = self.draft_probs and self.draft_probs.prefix(n)
-        return self._trusted(
-            self.tokens[:n], self.parents[:n], self.estimates[:n], probs
-        )
+        return self._trusted(self.tokens[:n], self.parents[:n], self.estimates[:n], probs)
 
     def take(self, nodes: npt.NDArray[np.integer]) -> DraftTree:
         """The tree of the given nodes, in the given order.
@@ -332,9 +323,7 @@ class DraftTree:
         for node, parent in enumerate(self.parents.tolist()):
             other = best_child.get(parent)
             # Of drawn siblings the first: the order must not depend on tokens.
-            if other is None or (
-                self.draft_probs is None and estimates[node] > estimates[other]
-            ):
+            if other is None or (self.draft_probs is None and estimates[node] > estimates[other]):
                 best_child[parent] = node
         spine = []
         node = ROOT

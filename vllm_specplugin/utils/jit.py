@@ -20,7 +20,7 @@ def jit(function: Function) -> Function:
 def inner(function: Function) -> Function:
     """As :func:`jit`, for functions that only compiled code calls: leaving out
     the entrance for Python halves the time to compile."""
-    compiled = numba.njit(
-        cache=True, nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True
-    )(function)
+    compiled = numba.njit(cache=True, nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(
+        function
+    )
     return compiled  # type: ignore[no-any-return]

@@ -26,14 +26,14 @@ Patches, each with the reason and when to remove it:
     wrapped to add and to read the ``--spec-*`` flags. General plugins have no
     API for flags. Remove when vLLM gives them one.
 ``EngineArgs.create_engine_config`` (``plugin.py``) and
-``InputProcessor._validate_params`` (``admission.py``)
+``InputProcessor._validate_params`` (``frontend/admission.py``)
     wrapped, the second by the first and only where the plugin is switched on, to
     refuse wrong ``spec_*`` options of a request with a 400. Remove when vLLM lets
     plugins validate ``extra_args``.
-``InputProcessor.process_inputs`` (``admission.py``)
+``InputProcessor.process_inputs`` (``frontend/admission.py``)
     wrapped in the same place, to tell workers with whom a request shares what is
     learnt. Remove when ``NewRequestData`` has the ``cache_salt``.
-``OutputProcessor.process_outputs`` (``front_end.py``)
+``OutputProcessor.process_outputs`` (``frontend/response_stats.py``)
     wrapped in the same place, to add the rule and the tokens accepted by leniency
     to the per-request statistics that vLLM puts into a response. Remove when
     ``EngineCoreOutput`` has room for a plugin's statistics.
@@ -42,10 +42,10 @@ Patches, each with the reason and when to remove it:
     worker has no hook to choose its runner. Remove when ``CPUWorker`` calls
     ``_make_model_runner()`` as the GPU worker does.
 ``runner.speculator``, ``.sampler``, ``.rejection_sampler`` and ``.model_state``
-    (``runner_v2.py``)
+    (``runner/tree_runner.py``)
     replaced, on vLLM's second runner, by objects that are also ours: it builds them
     from closed lists. Remove when it takes them from a registry.
-``VLLM_USE_V2_MODEL_RUNNER`` (``runner_choice.py``)
+``VLLM_USE_V2_MODEL_RUNNER`` (``frontend/runner_choice.py``)
     set to 0 where the proposer runs a draft model level by level. Remove when that
     is written for the second runner.
 """

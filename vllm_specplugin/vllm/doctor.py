@@ -86,29 +86,21 @@ def _platform() -> Iterator[Finding]:
     if current_platform.is_cpu() or current_platform.is_cuda_alike():
         yield Finding("platform", name)
     else:
-        yield Finding(
-            "platform", name, bad=True, remedy="use vLLM for CPU, CUDA or ROCm"
-        )
+        yield Finding("platform", name, bad=True, remedy="use vLLM for CPU, CUDA or ROCm")
 
 
 def _runner() -> Iterator[Finding]:
     from vllm_specplugin.vllm.frontend.runner_choice import second_runner_offered
 
     second = second_runner_offered()
-    yield Finding(
-        "runner",
-        f"vLLM's {'second' if second else 'first'} model runner, as vLLM picks",
-    )
+    yield Finding("runner", f"vLLM's {'second' if second else 'first'} model runner, as vLLM picks")
 
 
 def _seams() -> Iterator[Finding]:
     problems = drift()
     for problem in problems:
         yield Finding(
-            "seam",
-            problem,
-            bad=True,
-            remedy="install a vLLM release that the plugin supports",
+            "seam", problem, bad=True, remedy="install a vLLM release that the plugin supports"
         )
     if not problems:
         yield Finding("seams", f"all {len(SEAMS)} as expected")

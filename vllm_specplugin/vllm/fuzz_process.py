@@ -125,9 +125,7 @@ def _logprobs(steps: Any) -> Any:
 class _Played:
     """A workload on its way."""
 
-    def __init__(
-        self, llm: Any, request: Mapping[str, Any], *, max_model_len: int
-    ) -> None:
+    def __init__(self, llm: Any, request: Mapping[str, Any], *, max_model_len: int) -> None:
         self._engine = llm.llm_engine
         self._truth = request.get("truth")
         self._aborts = request["aborts"]

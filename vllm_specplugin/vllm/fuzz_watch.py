@@ -54,12 +54,9 @@ class Watch:
         seen["chunked prefills"] += len(reading)
         seen["chunks beside drafts"] += bool(reading and drafts)
         seen["steps with drafts"] += bool(drafts)
-        seen["largest batch"] = max(
-            seen["largest batch"], len(output.num_scheduled_tokens)
-        )
+        seen["largest batch"] = max(seen["largest batch"], len(output.num_scheduled_tokens))
         seen["drafts cut short"] += sum(
-            len(tokens) < len(trees.get(req_id, ()))
-            for req_id, tokens in drafts.items()
+            len(tokens) < len(trees.get(req_id, ())) for req_id, tokens in drafts.items()
         )
 
 

@@ -50,9 +50,7 @@ def register() -> None:
         from vllm_specplugin.config import CONFIG_KEY
 
         if CONFIG_KEY in (self.additional_config or {}):
-            from vllm_specplugin.vllm.frontend.admission import (
-                check_requests_from_now_on,
-            )
+            from vllm_specplugin.vllm.frontend.admission import check_requests_from_now_on
             from vllm_specplugin.vllm.frontend.args import check_worker
             from vllm_specplugin.vllm.frontend.response_stats import show_statistics
 
@@ -73,10 +71,7 @@ def _mend_if_measuring() -> None:
     from vllm_specplugin.utils.env import mending_wanted
 
     if mending_wanted():
-        from vllm_specplugin.vllm.compat.cpu_sampling_fix import (
-            expansion_is_broken,
-            mend_expansion,
-        )
+        from vllm_specplugin.vllm.compat.cpu_sampling_fix import expansion_is_broken, mend_expansion
 
         if expansion_is_broken():
             mend_expansion()

@@ -16,11 +16,7 @@ from vllm_specplugin.config import CONFIG_KEY, SpecConfig
 from vllm_specplugin.errors import ConfigError, UnsupportedError, complain
 from vllm_specplugin.vllm.compat.log_setup import log_as_vllm_does
 from vllm_specplugin.vllm.compat.seams import check_version, installed_version
-from vllm_specplugin.vllm.runner.startup_checks import (
-    check_first,
-    check_head,
-    check_second,
-)
+from vllm_specplugin.vllm.runner.startup_checks import check_first, check_head, check_second
 from vllm_specplugin.vllm.runner.warm_up import warm_up
 
 __all__ = ["SpecWorkerMixin", "adopt"]

@@ -24,16 +24,7 @@ from vllm_specplugin.vllm.tree_attention.plan import (
 from vllm_specplugin.vllm.tree_attention.reference import read_split_blocks
 
 from ..paged import UNTOUCHED, Case, by_path, random_call
-from .layers import (
-    DECODES,
-    WITH_PROMPT,
-    Layer,
-    cache_of,
-    close,
-    metadata_of,
-    plan_of,
-    run,
-)
+from .layers import DECODES, WITH_PROMPT, Layer, cache_of, close, metadata_of, plan_of, run
 
 
 def test_decodes_are_computed_by_the_kernel_alone() -> None:
@@ -64,9 +55,7 @@ def test_without_the_kernel_rows_come_from_the_host(monkeypatch: Any) -> None:
     setattr(metadata, backend.PLAN_ATTRIBUTE, plan)
     output = torch.zeros_like(call.query)
     named = SimpleNamespace(layer_name="one")
-    layer.forward(
-        named, call.query, call.query, call.query, cache_of(call), metadata, output
-    )
+    layer.forward(named, call.query, call.query, call.query, cache_of(call), metadata, output)
     close(output, by_path(call, all_rows=True))
     assert list(plan.kept) == ["one"]
 
@@ -147,9 +136,7 @@ def test_graphs_hold_attention_only_if_somebody_keeps_the_trees(
     assert support() == AttentionCGSupport.NEVER
     device.allow_graphs(buffers(), ["a", "b"])
     assert support() == AttentionCGSupport.UNIFORM_BATCH
-    monkeypatch.setattr(
-        Builder, "supports", AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    )
+    monkeypatch.setattr(Builder, "supports", AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE)
     assert support() == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     monkeypatch.setattr(Builder, "supports", AttentionCGSupport.ALWAYS)
     device.allow_graphs(None)  # chains only: vLLM's kernels are right

@@ -29,9 +29,7 @@ def caches(
     for _ in range(layers):
         cache = LAYOUTS[layout](10, heads, 16, width, dtype=dtype)
         raw = cache.view(torch.uint8)
-        raw.copy_(
-            torch.randint(0, 256, raw.shape, generator=generator, dtype=torch.uint8)
-        )
+        raw.copy_(torch.randint(0, 256, raw.shape, generator=generator, dtype=torch.uint8))
         made.append(cache)
     return made
 
@@ -58,8 +56,7 @@ def accepted_paths(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
         path = path[::-1][:most]
         root = int(rng.integers(0, 16))
         slot = [
-            int(blocks[2 * r + (root + 1 + i) // 16]) * 16 + (root + 1 + i) % 16
-            for i in range(14)
+            int(blocks[2 * r + (root + 1 + i) // 16]) * 16 + (root + 1 + i) % 16 for i in range(14)
         ]
         for depth, node in enumerate(path):
             source[r, depth], target[r, depth] = slot[node], slot[depth]
@@ -90,9 +87,7 @@ def test_accepted_rows_arrive_whole(seed: int) -> None:
         (torch.int8, 15),
     ],
 )
-def test_any_layout_and_type_moves_as_bytes(
-    layout: str, dtype: torch.dtype, width: int
-) -> None:
+def test_any_layout_and_type_moves_as_bytes(layout: str, dtype: torch.dtype, width: int) -> None:
     before = caches(layout, dtype, width=width)
     found = caches(layout, dtype, width=width)
     source, target, counts = accepted_paths(1)

@@ -11,24 +11,13 @@ import torch
 from vllm.triton_utils import HAS_TRITON
 
 from vllm_specplugin.trees.step_layout import Move
-from vllm_specplugin.vllm.kv_cache import (
-    compaction,
-    layout_probe,
-)
+from vllm_specplugin.vllm.kv_cache import compaction, layout_probe
 from vllm_specplugin.vllm.tree_attention import backend
 from vllm_specplugin.vllm.tree_attention import gpu as device
 from vllm_specplugin.vllm.tree_attention.reference import read_split_blocks
 
 from ..paged import UNTOUCHED, Case, by_path, random_call
-from .layers import (
-    DECODES,
-    WITH_PROMPT,
-    Layer,
-    cache_of,
-    close,
-    metadata_of,
-    plan_of,
-)
+from .layers import DECODES, WITH_PROMPT, Layer, cache_of, close, metadata_of, plan_of
 
 
 def test_accepted_rows_are_moved_in_all_layers_of_the_target() -> None:
@@ -54,8 +43,7 @@ def test_accepted_rows_are_moved_in_all_layers_of_the_target() -> None:
     for name in ("one", "two"):
         for source, target in ((35, 34), (37, 35), (38, 36), (44, 42)):
             assert torch.equal(
-                caches[name][target // 16, :, target % 16],
-                before[source // 16, :, source % 16],
+                caches[name][target // 16, :, target % 16], before[source // 16, :, source % 16]
             )
     assert torch.equal(caches["draft"], before)
     assert compaction.compact(runner, plan_of(call), []) == 0
@@ -105,9 +93,9 @@ def test_fp8_caches_are_for_the_kernel_only(scale: float, monkeypatch: Any) -> N
             for part, view in zip(stored, device.key_value_views(self, kv_cache)):
                 rows = view[slots // 16, slots % 16]
                 assert rows.shape == part.shape
-                view.view(torch.uint8)[slots // 16, slots % 16] = part.to(
-                    view.dtype
-                ).view(torch.uint8)
+                view.view(torch.uint8)[slots // 16, slots % 16] = part.to(view.dtype).view(
+                    torch.uint8
+                )
 
     monkeypatch.setattr(device, "_fp8_dtype", lambda: torch.float8_e4m3fn)
     one = attention_layer(Scaled())
@@ -151,7 +139,5 @@ def test_vllms_triton_backend_with_trees(case: Case, monkeypatch: Any) -> None:
     )
     setattr(metadata, backend.PLAN_ATTRIBUTE, plan_of(call))
     output = torch.full_like(call.query, UNTOUCHED)
-    impl.forward(
-        layer, call.query, call.query, call.query, cache_of(call), metadata, output
-    )
+    impl.forward(layer, call.query, call.query, call.query, cache_of(call), metadata, output)
     close(output, by_path(call, all_rows=True))

@@ -24,9 +24,7 @@ def test_bits_are_those_of_tensor_arithmetic(vocab: int) -> None:
     assert torch.equal(uniform(vocab), expected)
 
 
-def test_noise_of_a_gpu_would_be_that_of_a_cpu(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_noise_of_a_gpu_would_be_that_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way a GPU takes, its copies left out."""
 
     class Device:
@@ -38,9 +36,4 @@ def test_noise_of_a_gpu_would_be_that_of_a_cpu(
 
 
 def test_no_rows_are_no_launch() -> None:
-    assert _gumbel_triton.uniform_rows(
-        torch.zeros(2, 0, dtype=torch.int64), 5
-    ).shape == (
-        0,
-        5,
-    )
+    assert _gumbel_triton.uniform_rows(torch.zeros(2, 0, dtype=torch.int64), 5).shape == (0, 5)

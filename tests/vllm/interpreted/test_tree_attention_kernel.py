@@ -96,10 +96,7 @@ def test_strides_of_nhd_and_of_padded_masks() -> None:
     wide = torch.zeros(*call.query.shape[:2], 100)
     wide[..., :64] = call.query
     changed = call.but(
-        key_cache=nhd[0],
-        value_cache=nhd[1],
-        ancestors=masks[:, :14, :1],
-        query=wide[..., :64],
+        key_cache=nhd[0], value_cache=nhd[1], ancestors=masks[:, :14, :1], query=wide[..., :64]
     )
     expected = call.run(reference.tree_attention, all_rows=True)
     found = changed.run(device.tree_attention, all_rows=True, launch=SMALL)
@@ -112,9 +109,7 @@ def test_strides_of_nhd_and_of_padded_masks() -> None:
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("query", [torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_fp8_cache_with_scales(
-    stored: torch.dtype, query: torch.dtype, per_head: bool
-) -> None:
+def test_fp8_cache_with_scales(stored: torch.dtype, query: torch.dtype, per_head: bool) -> None:
     call = random_call(replace(PAIR, dtype=torch.bfloat16))
     call = call.but(
         key_cache=call.key_cache.to(stored),
@@ -139,8 +134,7 @@ def test_int8_cache_with_a_scale_per_token(splits: int) -> None:
     blocks, size, heads = call.key_cache.shape[:3]
     scales = torch.rand(2, blocks, size, heads) * 0.02
     keys, values = (
-        torch.randint(-127, 128, call.key_cache.shape, dtype=torch.int8)
-        for _ in range(2)
+        torch.randint(-127, 128, call.key_cache.shape, dtype=torch.int8) for _ in range(2)
     )
     found = difference(
         call.but(key_cache=keys, value_cache=values),
@@ -183,12 +177,9 @@ def test_lengths_of_a_capture_read_nothing_outside(splits: int) -> None:
     """vLLM captures graphs with every length 1, whatever the rows."""
     call = random_call(Case(contexts=(20, 20), causal=(1, 1), nodes=(4, 4)))
     call = call.but(
-        seq_lens=torch.ones(2, dtype=torch.int32),
-        num_nodes=torch.zeros(2, dtype=torch.int32),
+        seq_lens=torch.ones(2, dtype=torch.int32), num_nodes=torch.zeros(2, dtype=torch.int32)
     )
-    found = call.run(
-        device.tree_attention, all_rows=True, launch=SMALL._replace(splits=splits)
-    )
+    found = call.run(device.tree_attention, all_rows=True, launch=SMALL._replace(splits=splits))
     assert found.isfinite().all()
 
 
@@ -245,9 +236,7 @@ def first_word_only(masks, m_row, node, limit, position, prefix, num_nodes):
         (first_word_only, CASES["two words"]),
     ],
 )
-def test_a_wrong_mask_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, bug: Any, case: Case
-) -> None:
+def test_a_wrong_mask_is_noticed(monkeypatch: pytest.MonkeyPatch, bug: Any, case: Case) -> None:
     monkeypatch.setattr(_attend_triton, "_visible", bug)
     assert difference(random_call(case), all_rows=True, launch=SMALL) > 0.05
 

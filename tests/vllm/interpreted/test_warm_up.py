@@ -8,15 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_specplugin.vllm.kv_cache import (
-    _rows_triton,
-    rows,
-)
+from vllm_specplugin.vllm.kv_cache import _rows_triton, rows
 from vllm_specplugin.vllm.runner import warm_up
-from vllm_specplugin.vllm.tree_attention import (
-    _attend_triton,
-    gpu_kernel,
-)
+from vllm_specplugin.vllm.tree_attention import _attend_triton, gpu_kernel
 
 from ..paged import Case, random_call
 from .layers import Layer, cache_of
@@ -119,10 +113,7 @@ def test_no_step_launches_a_kernel_in_a_new_way(
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"spec": SimpleNamespace(why_chains="pipeline parallelism is on")},
-        {"kernel": False},
-    ],
+    [{"spec": SimpleNamespace(why_chains="pipeline parallelism is on")}, {"kernel": False}],
 )
 def test_nothing_is_launched_where_kernels_are_not_used(
     changes: dict[str, Any], recorders: dict[str, Recorder]
@@ -133,9 +124,7 @@ def test_nothing_is_launched_where_kernels_are_not_used(
     assert not any(recorder.launched for recorder in recorders.values())
 
 
-def test_flashinfer_is_called_once_for_each_mode(
-    recorders: dict[str, Recorder],
-) -> None:
+def test_flashinfer_is_called_once_for_each_mode(recorders: dict[str, Recorder]) -> None:
     called: list[bool] = []
 
     class Trees:

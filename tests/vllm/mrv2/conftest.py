@@ -86,11 +86,7 @@ def start(name: str) -> EngineProcess:
     engine, speculate = ENGINES[name]
     return EngineProcess(
         name,
-        {
-            "model": str(MODELS / "target"),
-            "engine": {**_ENGINE, **engine},
-            "speculate": speculate,
-        },
+        {"model": str(MODELS / "target"), "engine": {**_ENGINE, **engine}, "speculate": speculate},
         environment={**ENVIRONMENT, "TRITON_CPU_ASYNC": str(int(name == "async"))},
         module="mrv2_child",
     )

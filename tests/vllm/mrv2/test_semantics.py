@@ -28,9 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def batch(prompts: list[list[int]]) -> tuple[list[list[int]], list[dict[str, Any]]]:
     """One request of each kind, in one batch."""
-    return [prompts[2]] * len(CASES), [
-        {"temperature": 0.0, **params} for params in CASES.values()
-    ]
+    return [prompts[2]] * len(CASES), [{"temperature": 0.0, **params} for params in CASES.values()]
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +62,7 @@ def test_rules_mix_and_leave_exact_alone(engine: Get, prompts: Any) -> None:
     rules = ["exact", "rejection", "typical", "exact"]
     some = [prompts[1], prompts[2], prompts[3], prompts[2]]
     params = [
-        {"temperature": 1.0, "max_tokens": 8, "extra_args": {"spec_scorer": rule}}
-        for rule in rules
+        {"temperature": 1.0, "max_tokens": 8, "extra_args": {"spec_scorer": rule}} for rule in rules
     ]
     plain = [{k: v for k, v in p.items() if k != "extra_args"} for p in params]
     expected = texts(ask(engine("vllm"), some, plain))
@@ -101,9 +98,7 @@ def test_vllms_own_drafter_under_our_scorers(engine: Get, prompts: Any) -> None:
     assert after["accepted"] > stats["accepted"]
 
 
-def test_vllms_drafter_guesses_with_the_noise_of_the_request(
-    engine: Get, prompts: Any
-) -> None:
+def test_vllms_drafter_guesses_with_the_noise_of_the_request(engine: Get, prompts: Any) -> None:
     """vLLM's own text in any case; more of the drafts are right."""
     one, some = engine("native"), [prompts[1], prompts[2], prompts[3], prompts[2]]
     warm = [{"temperature": t, "max_tokens": 12} for t in (1.0, 1.0, 1.0, 0.7)]

@@ -30,8 +30,7 @@ def mix(prompts: list[list[int]]) -> Mix:
     pairs += [(block, 0.7), (longest, 0.7)]
     pairs += [(root, 1.0), (long, 1.0), (longest, 1.0)]
     params = [
-        {"temperature": t, "max_tokens": 14 if prompt is longest else 10}
-        for prompt, t in pairs
+        {"temperature": t, "max_tokens": 14 if prompt is longest else 10} for prompt, t in pairs
     ]
     return [prompt for prompt, _ in pairs], params
 
@@ -83,9 +82,7 @@ def test_on_the_device_a_scope_of_its_own_shares_nothing(
     assert one.ask("stats")["nodes"] > before
 
 
-def accepted_share(
-    one: EngineProcess, mix: Mix, truth: list[list[int]], use: str
-) -> float:
+def accepted_share(one: EngineProcess, mix: Mix, truth: list[list[int]], use: str) -> float:
     """Accepted tokens per draft, over the whole mix; the text stays what it is."""
     before = one.ask("stats")
     assert texts(ask(one, *mix, use)) == truth

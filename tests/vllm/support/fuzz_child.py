@@ -41,9 +41,7 @@ def _stop() -> None:
     def update(self: Any, request: Any, new_token_ids: Any, is_stale: bool = False):
         for token in new_token_ids:
             request.append_output_token_ids(token)
-        return new_token_ids, bool(new_token_ids) and check_stop(
-            request, self.max_model_len
-        )
+        return new_token_ids, bool(new_token_ids) and check_stop(request, self.max_model_len)
 
     _replace(Scheduler, "_update_request_with_output", update)
 

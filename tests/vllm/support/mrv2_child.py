@@ -15,10 +15,7 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
 from vllm.v1.worker.gpu.sample import sampler, states
 
 from vllm_specplugin.vllm.processes import engine
-from vllm_specplugin.vllm.runner import (
-    async_step,
-    sync_step,
-)
+from vllm_specplugin.vllm.runner import async_step, sync_step
 from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows
 

@@ -14,11 +14,7 @@ from vllm.forward_context import BatchDescriptor
 from vllm_specplugin.trees.step_layout import StepLayout
 from vllm_specplugin.vllm.processes import engine
 from vllm_specplugin.vllm.runner import state
-from vllm_specplugin.vllm.runner_v1 import (
-    paged_head,
-    paged_model,
-    tree_runner,
-)
+from vllm_specplugin.vllm.runner_v1 import paged_head, paged_model, tree_runner
 from vllm_specplugin.vllm.tree_attention import plan
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows
 
@@ -30,8 +26,7 @@ _WHOLE = {
 }
 
 _WHOLE_DRAFTS = {
-    name: getattr(paged_model.PagedDraftModel, name)
-    for name in ("follow", "catch_up", "run_nodes")
+    name: getattr(paged_model.PagedDraftModel, name) for name in ("follow", "catch_up", "run_nodes")
 }
 
 _WHOLE_HEADS = {
@@ -67,12 +62,8 @@ def _causal_rows(trees: Any, **how: Any) -> TreeRows:
     rows = _WHOLE["mask"](trees, **how)
     # What vLLM's kernel does by itself: every earlier node is visible.
     first = {request: row for request, row, *_ in trees}
-    nodes = [
-        (1 << int(q) - first[int(r)]) - 1 for q, r in zip(rows.query, rows.request)
-    ]
-    return TreeRows(
-        rows.query, rows.request, rows.context, np.array(nodes, dtype=np.uint64)
-    )
+    nodes = [(1 << int(q) - first[int(r)]) - 1 for q, r in zip(rows.query, rows.request)]
+    return TreeRows(rows.query, rows.request, rows.context, np.array(nodes, dtype=np.uint64))
 
 
 def _first_row(runner: Any, states: Any, indices: Any) -> Any:
@@ -83,8 +74,7 @@ def _first_row(runner: Any, states: Any, indices: Any) -> Any:
 def _flat_positions(layout: StepLayout) -> Any:
     rows, _ = _WHOLE["positions"](layout)
     flat = [
-        layout.root_positions[i] + 1 + np.arange(len(layout.trees[i]))
-        for i in layout.branching
+        layout.root_positions[i] + 1 + np.arange(len(layout.trees[i])) for i in layout.branching
     ]
     return rows, np.concatenate(flat).astype(np.int64)
 
@@ -179,9 +169,7 @@ def draft_sizes(llm: Any, request: dict[str, Any]) -> None:
 
 def preemptions(llm: Any, request: dict[str, Any]) -> int:
     """How many requests vLLM has preempted so far."""
-    return sum(
-        int(m.value) for m in llm.get_metrics() if m.name == "vllm:num_preemptions"
-    )
+    return sum(int(m.value) for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
 
 
 if __name__ == "__main__":

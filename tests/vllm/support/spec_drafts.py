@@ -43,9 +43,7 @@ class CheckedDrafts(Checked, DraftModelProposer):
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
-        self.reference = lambda text, path: model(torch.tensor([text + path])).logits[
-            0, -1
-        ]
+        self.reference = lambda text, path: model(torch.tensor([text + path])).logits[0, -1]
 
 
 class _Checked:

@@ -13,13 +13,7 @@ from spec_drafts import Checked
 from torch import Tensor, nn
 
 from vllm_specplugin.api.roles import EngineInfo
-from vllm_specplugin.heads.eagle import (
-    EagleHead,
-    EagleShape,
-    Past,
-    load_eagle,
-    save_eagle,
-)
+from vllm_specplugin.heads.eagle import EagleHead, EagleShape, Past, load_eagle, save_eagle
 from vllm_specplugin.proposers.eagle import EagleProposer
 from vllm_specplugin.proposers.eagle3 import Eagle3Proposer
 from vllm_specplugin.proposers.mtp import MtpProposer
@@ -59,9 +53,7 @@ class _Reference:
     def _prefill(self, text: list[int]) -> tuple[Tensor, Tensor, Past]:
         target, head = self._target, self._head
         raw: list[Tensor] = []
-        hook = target.base_model.norm.register_forward_pre_hook(
-            lambda _, read: raw.append(read[0])
-        )
+        hook = target.base_model.norm.register_forward_pre_hook(lambda _, read: raw.append(read[0]))
         found = target.base_model(torch.tensor([text]), output_hidden_states=True)
         hook.remove()
         states = raw[0] if isinstance(head, _MtpLayer) else found.last_hidden_state
@@ -70,9 +62,7 @@ class _Reference:
         rows = torch.arange(len(text) - 1)
         mask = rows[None] <= rows[:, None]
         features = head.features(states[:, :-1])
-        end: tuple[Tensor, Tensor, Past] = head(
-            self._embed(text[1:]), features, rows, mask
-        )
+        end: tuple[Tensor, Tensor, Past] = head(self._embed(text[1:]), features, rows, mask)
         return end
 
     def _step(self, text: list[int], path: list[int]) -> tuple[Tensor, Tensor, Past]:
@@ -133,12 +123,8 @@ class _MtpLayer(EagleHead):
         layer: Any = self.layers[0]
         norm = self.norms
         embedded = embedded.masked_fill(positions[:, None] == 0, 0.0)
-        residual = self.fc(
-            torch.cat([norm["hidden"](features), norm["token"](embedded)], -1)
-        )
-        out, past = self._attend(
-            layer.self_attn, norm["input"](residual), positions, mask, past
-        )
+        residual = self.fc(torch.cat([norm["hidden"](features), norm["token"](embedded)], -1))
+        out, past = self._attend(layer.self_attn, norm["input"](residual), positions, mask, past)
         residual = residual + out
         out = residual + layer.mlp(layer.post_attention_layernorm(residual))
         out = norm["final"](out)

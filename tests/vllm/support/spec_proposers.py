@@ -46,9 +46,7 @@ class Switch:
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
         trees: dict[str, DraftTree] = {}
         for name, proposer in self._real.items():
-            chosen = [
-                i for i, r in enumerate(ctx.requests) if r.options.get("use") == name
-            ]
+            chosen = [i for i, r in enumerate(ctx.requests) if r.options.get("use") == name]
             if chosen:
                 views = [ctx.requests[i] for i in chosen]
                 target = ctx.target and ctx.target.take(chosen)

@@ -38,9 +38,7 @@ def add_commands(commands: Any) -> None:
         help="loss of ratio or acceptance that counts (default: 0.05)",
     )
     report.set_defaults(run=_report)
-    explain = commands.add_parser(
-        "explain", help="where the time went, and what would help most"
-    )
+    explain = commands.add_parser("explain", help="where the time went, and what would help most")
     explain.add_argument("file", type=Path, metavar="REPORT|TRACE")
     explain.set_defaults(run=_explain)
 
@@ -59,14 +57,10 @@ def _add_ab(commands: Any) -> None:
     ab.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0])
     ab.add_argument("--rounds", type=int, default=10, help="default: 10")
     ab.add_argument("--max-tokens", type=int, default=64, help="per request (64)")
-    ab.add_argument(
-        "--prompt-tokens", type=int, default=128, help="of builtin prompts (128)"
-    )
+    ab.add_argument("--prompt-tokens", type=int, default=128, help="of builtin prompts (128)")
     ab.add_argument("--confidence", type=float, default=0.99, help="default: 0.99")
     ab.add_argument("--seed", type=int, default=0)
-    ab.add_argument(
-        "--engine", default="{}", metavar="JSON", help="further arguments of vllm.LLM"
-    )
+    ab.add_argument("--engine", default="{}", metavar="JSON", help="further arguments of vllm.LLM")
     ab.add_argument(
         "--prefill",
         action="store_true",
@@ -77,13 +71,9 @@ def _add_ab(commands: Any) -> None:
         action="store_true",
         help="let requests end by themselves; by default all give --max-tokens",
     )
-    ab.add_argument(
-        "--out", type=Path, default=Path("ab-report"), help="folder of the report"
-    )
+    ab.add_argument("--out", type=Path, default=Path("ab-report"), help="folder of the report")
     load = ab.add_argument_group("served load")
-    load.add_argument(
-        "--serve", action="store_true", help="start vLLM's server for each variant"
-    )
+    load.add_argument("--serve", action="store_true", help="start vLLM's server for each variant")
     load.add_argument(
         "--url",
         action="append",
@@ -93,14 +83,9 @@ def _add_ab(commands: Any) -> None:
     load.add_argument("--rate", type=float, nargs="+", help="requests per second")
     load.add_argument("--concurrency", type=int, nargs="+", help="requests at a time")
     load.add_argument("--requests", type=int, default=32, help="per round (32)")
+    load.add_argument("--port", type=int, default=0, help="first port of the servers (any free)")
     load.add_argument(
-        "--port", type=int, default=0, help="first port of the servers (any free)"
-    )
-    load.add_argument(
-        "--slo",
-        nargs="+",
-        metavar="NAME:MS",
-        help="limits for goodput, such as ttft:500 tpot:50",
+        "--slo", nargs="+", metavar="NAME:MS", help="limits for goodput, such as ttft:500 tpot:50"
     )
     ab.set_defaults(run=_ab)
 

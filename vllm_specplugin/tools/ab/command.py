@@ -37,9 +37,7 @@ def ab(args: argparse.Namespace) -> int:
     print(f"starting {len(plan.variants)} engines ...", file=sys.stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        with tqdm(
-            unit="run", file=sys.stderr, dynamic_ncols=True, smoothing=0.1
-        ) as bar:
+        with tqdm(unit="run", file=sys.stderr, dynamic_ncols=True, smoothing=0.1) as bar:
             if served is not None:
                 measure_served(served, record, bar)
             else:
@@ -49,11 +47,7 @@ def ab(args: argparse.Namespace) -> int:
         print("interrupted: writing what was measured", file=sys.stderr)
     settings = plan.describe() | (served.describe() if served else {})
     report = build_report(
-        record,
-        plan.prompts,
-        settings,
-        confidence=plan.confidence,
-        served=served is not None,
+        record, plan.prompts, settings, confidence=plan.confidence, served=served is not None
     )
     write_report(report, args.out)
     print("\n".join([*table(report), "", *headlines(report)]))
@@ -90,11 +84,7 @@ def _plan(args: argparse.Namespace) -> tuple[Plan, LoadPlan | None]:
     least = args.requests if served else max(args.batch)
     sets = args.rounds * len(cells) + 1 if served else args.rounds
     prompts = load_prompts(
-        args.prompts,
-        most=sets * least,
-        least=least,
-        tokens=args.prompt_tokens,
-        seed=args.seed,
+        args.prompts, most=sets * least, least=least, tokens=args.prompt_tokens, seed=args.seed
     )
     plan = Plan(
         model=args.model or "",
@@ -125,11 +115,7 @@ def _positive(args: argparse.Namespace) -> None:
                 flag = "--" + name.replace("_", "-")
                 raise _wrong(f"{flag} {one}", "at least 1", "raise it")
     if not 0.5 <= args.confidence < 1:
-        raise _wrong(
-            f"--confidence {args.confidence}",
-            "0.5 to below 1",
-            "write for example 0.99",
-        )
+        raise _wrong(f"--confidence {args.confidence}", "0.5 to below 1", "write for example 0.99")
     for name in ("temperature", "rate", "concurrency"):
         for one in getattr(args, name) or []:
             if one < 0 or (one == 0 and name != "temperature"):
@@ -147,11 +133,7 @@ def check_model(model: str | None) -> None:
     path = Path(model).expanduser()
     is_path = model[0] in "./~" or model.count("/") > 1 or path.exists()
     if is_path and not (path / "config.json").is_file() and not path.is_file():
-        raise _wrong(
-            f"--model {model}",
-            "a folder with config.json, or a hub id",
-            "check the path",
-        )
+        raise _wrong(f"--model {model}", "a folder with config.json, or a hub id", "check the path")
 
 
 def _urls(args: argparse.Namespace) -> list[Variant]:

@@ -75,9 +75,7 @@ def compare_reports(
 
 def _rows(report: Mapping[str, Any]) -> dict[tuple[str, str], Row]:
     return {
-        (cell["label"], row["variant"]): row
-        for cell in report["cells"]
-        for row in cell["rows"]
+        (cell["label"], row["variant"]): row for cell in report["cells"] for row in cell["rows"]
     }
 
 

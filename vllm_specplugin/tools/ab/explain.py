@@ -61,10 +61,7 @@ class Parts:
 
 def explain_command(file: Path) -> int:
     """Prints the explanation of a report or of a trace."""
-    if file.suffix == ".json":
-        lines = explain_report(read_report(file))
-    else:
-        lines = explain_trace([file])
+    lines = explain_report(read_report(file)) if file.suffix == ".json" else explain_trace([file])
     print("\n".join(lines))
     return 0
 
@@ -208,13 +205,11 @@ def _sentences(parts: Parts) -> Iterator[str]:
         f"  {parts.tokens / parts.steps:.2f} tokens per step of {each:.2f} ms; of "
         f"{parts.drafted} verified nodes {parts.accepted} were accepted"
         if parts.drafted
-        else f"  {parts.tokens / parts.steps:.2f} tokens per step of {each:.2f} ms, "
-        "nothing drafted"
+        else f"  {parts.tokens / parts.steps:.2f} tokens per step of {each:.2f} ms, nothing drafted"
     )
     shares = sorted(((getattr(parts, part), part) for part in _NAMES), reverse=True)
     yield "  time went to " + ", ".join(
-        f"{_NAMES[part]} {seconds / parts.total:.0%} "
-        f"({seconds / parts.steps * 1e3:.2f} ms)"
+        f"{_NAMES[part]} {seconds / parts.total:.0%} ({seconds / parts.steps * 1e3:.2f} ms)"
         for seconds, part in shares
     )
     if parts.drafted and (plain := parts.reference.get("verify")):

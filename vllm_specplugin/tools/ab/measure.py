@@ -144,12 +144,10 @@ class _Runner:
             if len(one) > room:
                 raise PromptFileError(
                     complain(
-                        f"prompt {number} of {plan.prompts.source} has {len(one)} "
-                        "tokens",
+                        f"prompt {number} of {plan.prompts.source} has {len(one)} tokens",
                         f"at most {room}: a context of {longest} less "
                         f"{plan.max_tokens} to generate",
-                        "shorten it, lower --max-tokens, or raise max_model_len in "
-                        "--engine",
+                        "shorten it, lower --max-tokens, or raise max_model_len in --engine",
                     )
                 )
         return ids
@@ -253,9 +251,7 @@ class _Runner:
         )
         return answer
 
-    def _turns(
-        self, doing: str, *, first: int = 0
-    ) -> Iterator[tuple[Variant, EngineProcess]]:
+    def _turns(self, doing: str, *, first: int = 0) -> Iterator[tuple[Variant, EngineProcess]]:
         """As :meth:`~.records.Record.turns`, with their engines."""
         for variant in self._record.turns(self._bar, doing, first=first):
             yield variant, self._engines[variant.name]
@@ -272,8 +268,4 @@ def _settings(variant: Variant) -> dict[str, Any]:
     assert variant.speculate is not None
     chosen = variant.speculate
     options = {k: v for k, v in chosen["options"].items() if k in ROLES}
-    return {
-        "proposer": chosen["proposer"],
-        "policy": chosen["policy"],
-        "options": options,
-    }
+    return {"proposer": chosen["proposer"], "policy": chosen["policy"], "options": options}

@@ -33,10 +33,7 @@ _PARTS = ("verify", "draft", "sample", "host")
 
 def ratio_plot(report: Report) -> str:
     """Ratio with its interval, per cell and variant."""
-    shown = [
-        (cell, [row for row in cell["rows"] if row["ratio"]])
-        for cell in report["cells"]
-    ]
+    shown = [(cell, [row for row in cell["rows"] if row["ratio"]]) for cell in report["cells"]]
     ratios = [row["ratio"] for _, rows in shown for row in rows]
     if not ratios:
         return ""
@@ -115,9 +112,7 @@ def load_plot(report: Report) -> str:
         for cell in report["cells"]:
             if cell["temperature"] == temperature and axis in cell:
                 for row in cell["rows"]:
-                    curves.setdefault(row["variant"], []).append(
-                        (cell[axis], row["speed"])
-                    )
+                    curves.setdefault(row["variant"], []).append((cell[axis], row["speed"]))
         if curves:
             title = f"T={temperature:g}"
             panels.append(_load_panel(report, curves, title, name))
@@ -125,10 +120,7 @@ def load_plot(report: Report) -> str:
 
 
 def _load_panel(
-    report: Report,
-    curves: Mapping[str, Sequence[tuple[float, Report]]],
-    title: str,
-    name: str,
+    report: Report, curves: Mapping[str, Sequence[tuple[float, Report]]], title: str, name: str
 ) -> str:
     loads = sorted({load for points in curves.values() for load, _ in points})
     top = max(s["high"] for points in curves.values() for _, s in points)
@@ -187,9 +179,7 @@ def request_plot(report: Report) -> str:
         parts = [text(0, 14, cell["label"], kind="head")]
         for mark in ticks(0, top):
             parts.append(line(x(mark), 22, x(mark), height - 26))
-            parts.append(
-                text(x(mark), height - 10, f"{mark:g}", at="middle", kind="faint")
-            )
+            parts.append(text(x(mark), height - 10, f"{mark:g}", at="middle", kind="faint"))
         for i, row in enumerate(shown):
             parts += _request_row(report, row, x, 36 + 26 * i)
         label = f"speed of single requests, {cell['label']}"
@@ -201,18 +191,13 @@ def _request_row(report: Report, row: Report, x: Scale, y: float) -> list[str]:
     speeds = np.sort(np.array(row["requests"]))
     kind = series(_index(report, row["variant"]))
     low, middle, high = np.quantile(speeds, (0.25, 0.5, 0.75))
-    tip = (
-        f"{row['variant']}: median {middle:.1f}, half between {low:.1f} and {high:.1f}"
-    )
+    tip = f"{row['variant']}: median {middle:.1f}, half between {low:.1f} and {high:.1f}"
     shown = speeds[:: max(1, len(speeds) // 150)]
     rise = [((k * 7919) % 13 - 6) * 0.9 for k in range(len(shown))]  # apart, not random
     return [
         text(0, y + 4, _short(row["variant"], 36)),
         rect(x(low), y - 9, x(high) - x(low), 18, f"{kind} soft", tip),
-        *(
-            circle(x(v), round(y + r, 1), 2.2, f"{kind} dot")
-            for v, r in zip(shown, rise)
-        ),
+        *(circle(x(v), round(y + r, 1), 2.2, f"{kind} dot") for v, r in zip(shown, rise)),
         line(x(middle), y - 10, x(middle), y + 10, f"{kind} bar", 3),
     ]
 

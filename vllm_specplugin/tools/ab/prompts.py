@@ -59,16 +59,10 @@ class PromptSet:
 
     def describe(self) -> dict[str, Any]:
         """For the report."""
-        return {
-            "source": self.source,
-            "count": len(self.texts),
-            "sha256": self.sha256,
-        }
+        return {"source": self.source, "count": len(self.texts), "sha256": self.sha256}
 
 
-def load_prompts(
-    source: str, *, most: int, least: int, tokens: int, seed: int = 0
-) -> PromptSet:
+def load_prompts(source: str, *, most: int, least: int, tokens: int, seed: int = 0) -> PromptSet:
     """Prompts of a file or of the package.
 
     Args:

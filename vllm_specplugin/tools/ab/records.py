@@ -91,9 +91,7 @@ class Record:
             bar.update()
 
     @contextmanager
-    def guard(
-        self, variant: Variant, when: str, drop: Callable[[], None]
-    ) -> Iterator[None]:
+    def guard(self, variant: Variant, when: str, drop: Callable[[], None]) -> Iterator[None]:
         """A variant that fails is measured no further; the others are.
 
         Args:

@@ -116,9 +116,7 @@ def _reused(record: Record, prompts: PromptSet) -> bool:
     return sets * each > len(prompts.texts)
 
 
-def _row(
-    record: Record, variant: Variant, cell: Cell, confidence: float
-) -> dict[str, Any] | None:
+def _row(record: Record, variant: Variant, cell: Cell, confidence: float) -> dict[str, Any] | None:
     runs = _runs(record, variant, cell)
     if not runs:
         return None
@@ -135,11 +133,7 @@ def _row(
     row = {
         "variant": variant.name,
         "rounds": len(runs),
-        "speed": {
-            "median": statistics.median(speeds),
-            "low": min(speeds),
-            "high": max(speeds),
-        },
+        "speed": {"median": statistics.median(speeds), "low": min(speeds), "high": max(speeds)},
         "ratio": ratio,
         "drafts": _drafts([run["spec"] for run in runs.values()]),
         "requests": [
@@ -207,9 +201,7 @@ def read_report(path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ReportError(
-            complain(
-                f"{path}: {error}", "a report.json of specplugin ab", "check the path"
-            )
+            complain(f"{path}: {error}", "a report.json of specplugin ab", "check the path")
         ) from error
     if not isinstance(report, dict) or report.get("schema") != SCHEMA:
         found = report.get("schema") if isinstance(report, dict) else "no object"

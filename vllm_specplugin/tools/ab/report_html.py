@@ -12,13 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from vllm_specplugin.tools.ab.phrases import (
-    interval_words,
-    notes,
-    rows,
-    same_text,
-    verdict_words,
-)
+from vllm_specplugin.tools.ab.phrases import interval_words, notes, rows, same_text, verdict_words
 from vllm_specplugin.tools.ab.plots_svg import (
     acceptance_plot,
     load_plot,
@@ -160,8 +154,7 @@ def _table(report: Report) -> str:
     for cell in report["cells"]:
         if cell["rows"]:
             lines.append(
-                f"<tr class='cell'><th colspan='{len(head)}'>{escape(cell['label'])}"
-                "</th></tr>"
+                f"<tr class='cell'><th colspan='{len(head)}'>{escape(cell['label'])}</th></tr>"
             )
         for row in cell["rows"]:
             ratio = row["ratio"]
@@ -195,8 +188,7 @@ def _latencies(report: Report) -> str:
         shown = [row for row in cell["rows"] if row.get("latency")]
         if shown:
             lines.append(
-                f"<tr class='cell'><th colspan='{len(head)}'>{escape(cell['label'])}"
-                "</th></tr>"
+                f"<tr class='cell'><th colspan='{len(head)}'>{escape(cell['label'])}</th></tr>"
             )
         for row in shown:
             found = row["latency"]
@@ -224,9 +216,7 @@ def _grid(head: tuple[str, ...], lines: list[str]) -> str:
 def _failures(report: Report) -> Iterator[str]:
     for variant in report["variants"]:
         if variant["error"]:
-            yield (
-                f"<h3>{escape(variant['name'])}</h3><pre>{escape(variant['error'])}</pre>"
-            )
+            yield (f"<h3>{escape(variant['name'])}</h3><pre>{escape(variant['error'])}</pre>")
 
 
 def _list(sentences: list[str]) -> str:
@@ -241,13 +231,11 @@ def _provenance(report: Report) -> str:
         "revision": source["git_sha"] or "unknown",
         "versions": ", ".join(f"{k} {v}" for k, v in source["versions"].items()),
         "machine": ", ".join(str(v) for v in source["machine"].values()),
-        "prompts": f"{prompts['count']} of {prompts['source']}, "
-        f"SHA-256 {prompts['sha256']}",
+        "prompts": f"{prompts['count']} of {prompts['source']}, SHA-256 {prompts['sha256']}",
         "settings": json.dumps(source["settings"]),
         **{f"variant {v['name']}": v["spec"] for v in report["variants"]},
     }
     cells = "".join(
-        f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>"
-        for name, value in lines.items()
+        f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in lines.items()
     )
     return f"<dl>{cells}</dl>"

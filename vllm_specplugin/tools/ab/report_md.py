@@ -94,8 +94,7 @@ def _provenance(report: Mapping[str, Any]) -> Iterable[str]:
     yield f"- versions: {versions}"
     yield f"- machine: {machine['cpu']}, {machine['cores']} cores, {machine['system']}"
     yield (
-        f"- prompts: {prompts['count']} of `{prompts['source']}`, SHA-256 "
-        f"{prompts['sha256'][:16]}"
+        f"- prompts: {prompts['count']} of `{prompts['source']}`, SHA-256 {prompts['sha256'][:16]}"
     )
     yield f"- settings: `{source['settings']}`"
     for variant in report["variants"]:

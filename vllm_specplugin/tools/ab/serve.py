@@ -19,13 +19,7 @@ from typing import Any
 
 from vllm_specplugin.tools.ab.measure import Plan
 from vllm_specplugin.tools.ab.records import Cell, Record
-from vllm_specplugin.tools.ab.servers import (
-    ServerProcess,
-    check_port,
-    flags,
-    free_port,
-    model_at,
-)
+from vllm_specplugin.tools.ab.servers import ServerProcess, check_port, flags, free_port, model_at
 from vllm_specplugin.tools.ab.variants import Variant
 from vllm_specplugin.tools.engine_client import EngineProcess
 
@@ -67,9 +61,7 @@ def measure_served(load: LoadPlan, record: Record, bar: Any) -> None:
     plan = load.plan
     bar.reset(len(plan.variants))
     driver = EngineProcess("benchmark", {}, module=_MODULE)
-    servers = {
-        v.name: _start(load, v, i) for i, v in enumerate(plan.variants) if v.url is None
-    }
+    servers = {v.name: _start(load, v, i) for i, v in enumerate(plan.variants) if v.url is None}
     try:
         runner = _LoadRunner(load, record, driver, servers, bar)
         runner.load()
@@ -152,13 +144,7 @@ class _LoadRunner:
                 )
 
     def _run(
-        self,
-        variant: Variant,
-        cell: Cell,
-        index: int,
-        number: int,
-        *,
-        short: bool = False,
+        self, variant: Variant, cell: Cell, index: int, number: int, *, short: bool = False
     ) -> dict[str, Any]:
         load, plan = self._load, self._load.plan
         turn = plan.rounds * len(plan.cells) if short else index * plan.rounds + number

@@ -85,9 +85,7 @@ def model_at(url: str) -> str:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(
             complain(
-                f"{url} ({error})",
-                "a running vLLM server",
-                "start it, or check host and port",
+                f"{url} ({error})", "a running vLLM server", "start it, or check host and port"
             )
         ) from error
 

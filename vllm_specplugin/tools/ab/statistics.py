@@ -62,9 +62,7 @@ class Ratio:
         }
 
 
-def compare(
-    ours: Sequence[float], base: Sequence[float], *, confidence: float = 0.99
-) -> Ratio:
+def compare(ours: Sequence[float], base: Sequence[float], *, confidence: float = 0.99) -> Ratio:
     """The ratio of paired speeds.
 
     Args:
@@ -116,9 +114,7 @@ def interval(x: npt.NDArray[np.float64], confidence: float) -> tuple[float, floa
     return float(low), float(high)
 
 
-def rounds_needed(
-    width: float, rounds: int, effect: float, confidence: float
-) -> int | None:
+def rounds_needed(width: float, rounds: int, effect: float, confidence: float) -> int | None:
     """Rounds that find a relative ``effect`` with 80% power.
 
     Args:

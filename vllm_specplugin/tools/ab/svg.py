@@ -11,17 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = [
-    "Scale",
-    "circle",
-    "line",
-    "path",
-    "picture",
-    "rect",
-    "series",
-    "text",
-    "ticks",
-]
+__all__ = ["Scale", "circle", "line", "path", "picture", "rect", "series", "text", "ticks"]
 
 SERIES = 8
 
@@ -79,14 +69,9 @@ def picture(width: int, height: int, label: str, parts: Sequence[str]) -> str:
     )
 
 
-def line(
-    x1: float, y1: float, x2: float, y2: float, kind: str = "grid", width: float = 1
-) -> str:
+def line(x1: float, y1: float, x2: float, y2: float, kind: str = "grid", width: float = 1) -> str:
     """A straight line."""
-    return (
-        f'<line class="{kind}" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" '
-        f'stroke-width="{width}"/>'
-    )
+    return f'<line class="{kind}" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke-width="{width}"/>'
 
 
 def path(points: Sequence[tuple[float, float]], kind: str, width: float = 2) -> str:
@@ -95,9 +80,7 @@ def path(points: Sequence[tuple[float, float]], kind: str, width: float = 2) -> 
     return f'<polyline class="{kind} stroke" points="{places}" stroke-width="{width}"/>'
 
 
-def rect(
-    x: float, y: float, width: float, height: float, kind: str, tip: str = ""
-) -> str:
+def rect(x: float, y: float, width: float, height: float, kind: str, tip: str = "") -> str:
     """A filled rectangle; ``tip`` shows when pointed at."""
     return (
         f'<rect class="{kind} fill" x="{x:.1f}" y="{y:.1f}" '
@@ -111,9 +94,7 @@ def circle(x: float, y: float, radius: float, kind: str, tip: str = "") -> str:
     return f'<circle class="{kind} fill" {place}>{_tip(tip)}</circle>'
 
 
-def text(
-    x: float, y: float, words: str, *, at: str = "start", kind: str = "ink"
-) -> str:
+def text(x: float, y: float, words: str, *, at: str = "start", kind: str = "ink") -> str:
     """Words; ``at`` says which end of them is at ``x``."""
     place = f'x="{x}" y="{y}" text-anchor="{at}"'
     return f'<text class="{kind}" {place}>{escape(words)}</text>'

@@ -111,8 +111,7 @@ def divergence(
         lossless rule has a shift around 0.
     """
     mine, base = (
-        np.array([float(np.mean(one)) for one in both if len(one)])
-        for both in (ours, theirs)
+        np.array([float(np.mean(one)) for one in both if len(one)]) for both in (ours, theirs)
     )
     n = min(len(mine), len(base))
     shift = mine[:n] - base[:n]

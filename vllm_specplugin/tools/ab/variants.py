@@ -29,11 +29,7 @@ __all__ = ["VLLM_METHODS", "Variant", "parse_variant", "parse_variants"]
 Kind = Literal["baseline", "vllm", "plugin", "url"]
 
 VLLM_METHODS: Mapping[str, Mapping[str, Any]] = {
-    "ngram": {
-        "num_speculative_tokens": 5,
-        "prompt_lookup_min": 2,
-        "prompt_lookup_max": 5,
-    },
+    "ngram": {"num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 5},
     "suffix": {"num_speculative_tokens": 16},
     "draft_model": {"num_speculative_tokens": 4},
     "eagle": {"num_speculative_tokens": 4},
@@ -147,9 +143,7 @@ def parse_variant(text: str) -> Variant:
 def _speculate(text: str, head: str, options: dict[str, Any]) -> dict[str, Any]:
     parts = head.split("+")
     if len(parts) > 3 or not all(parts):
-        raise _wrong(
-            text, "proposer+scorer+policy", "write for example suffix+exact+goodput"
-        )
+        raise _wrong(text, "proposer+scorer+policy", "write for example suffix+exact+goodput")
     chosen = dict(zip(("proposer", "scorer", "policy"), parts))
     chosen = {"proposer": "", "scorer": "exact", "policy": "goodput", **chosen}
     nodes = options.pop("max_nodes", 16)

@@ -136,9 +136,7 @@ def _label(
     depths = forest.depths[found.nodes]
     sampled = np.full(len(estimates), text.sampled)
     owner = np.zeros(len(estimates), dtype=np.int64)
-    corrected = calibration.apply(
-        estimates, depths, sampled, calibration.factors([req_id])[owner]
-    )
+    corrected = calibration.apply(estimates, depths, sampled, calibration.factors([req_id])[owner])
     calibration.observe(estimates, depths, sampled, found.hits, owner, [req_id])
     return estimates, corrected, found.hits
 
@@ -182,9 +180,7 @@ def calibration_command(
     print(_table(found))
     try:
         if json_path is not None:
-            whole = [
-                {**asdict(one), "brier_constant": one.brier_constant} for one in found
-            ]
+            whole = [{**asdict(one), "brier_constant": one.brier_constant} for one in found]
             json_path.write_text(json.dumps(whole, indent=1) + "\n")
         if plot is not None:
             _plot(found, plot)
@@ -225,17 +221,14 @@ def _table(found: Sequence[Reliability]) -> str:
 def _plot(found: Sequence[Reliability], path: Path) -> None:
     """Share of hits against estimates: own ones left, corrected ones right."""
     pyplot = require_matplotlib()
-    figure, axes = pyplot.subplots(
-        1, 2, figsize=(10, 4.8), sharey=True, layout="constrained"
-    )
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.8), sharey=True, layout="constrained")
     for axis, kind in zip(axes, ("", "_corrected")):
         axis.plot([0, 1], [0, 1], color="black", lw=0.8)
         for r in found:
             counts = np.array(getattr(r, f"counts{kind}"))
             some = counts >= 20  # fewer say nothing
             means, hits = (
-                np.array(getattr(r, f"{name}{kind}"))[some]
-                for name in ("means", "hits")
+                np.array(getattr(r, f"{name}{kind}"))[some] for name in ("means", "hits")
             )
             score = r.brier_corrected if kind else r.brier
             axis.plot(means, hits, "o-", ms=4, label=f"{r.name} (Brier {score:.3f})")

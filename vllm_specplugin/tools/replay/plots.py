@@ -79,17 +79,13 @@ def plot_tuning(
         path: what to write; the suffix decides the format.
     """
     pyplot = require_matplotlib()
-    figure, (time, speed) = pyplot.subplots(
-        1, 2, figsize=(11, 4.2), layout="constrained"
-    )
+    figure, (time, speed) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     tokens, seconds = np.array(points).T
     time.plot(tokens, seconds * 1e3, ".", ms=3, alpha=0.4, label="measured steps")
     for batch in fixed:
         nodes = np.arange(0, max(1, int(tokens.max()) - batch) + 1)
         shape = StepShape(requests=batch, nodes=nodes, attended=0.0)
-        time.plot(
-            batch + nodes, recording.times.seconds(shape) * 1e3, label=f"batch {batch}"
-        )
+        time.plot(batch + nodes, recording.times.seconds(shape) * 1e3, label=f"batch {batch}")
     time.set_xlabel("scheduled tokens (requests and nodes)")
     time.set_ylabel("step time, ms")
     time.set_ylim(0, float(np.quantile(seconds, 0.99)) * 1.3e3)

@@ -18,12 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api.roles import (
-    EngineInfo,
-    ProposeContext,
-    RequestView,
-    StepOutcome,
-)
+from vllm_specplugin.api.roles import EngineInfo, ProposeContext, RequestView, StepOutcome
 from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.errors import complain
 from vllm_specplugin.step.cost_model import StepShape, StepTimeModel
@@ -181,9 +176,7 @@ class _Clock:
         return self.now
 
 
-def policy_config(
-    policy: str, options: Mapping[str, Any] | None, max_nodes: int
-) -> SpecConfig:
+def policy_config(policy: str, options: Mapping[str, Any] | None, max_nodes: int) -> SpecConfig:
     """A configuration in which a policy keeps nothing on disk.
 
     Raises:
@@ -250,31 +243,19 @@ class _Engine:
     """An engine that knows the texts in advance and takes predicted times."""
 
     def __init__(
-        self,
-        recording: Recording,
-        config: SpecConfig,
-        policy: Any,
-        spread: float,
-        seed: int,
+        self, recording: Recording, config: SpecConfig, policy: Any, spread: float, seed: int
     ) -> None:
         self._recording = recording
         self._clock = _Clock()
         self._tape = _Tape(recording, self._clock)
         self._metrics = SpecMetrics()
         self._drafter = Drafter(
-            self._tape,
-            policy,
-            config,
-            recording.engine,
-            self._metrics,
-            clock=self._clock,
+            self._tape, policy, config, recording.engine, self._metrics, clock=self._clock
         )
         self._spread, self._random = spread, np.random.default_rng(seed)
         self._ends = [text.end for text in recording.texts]
         self._waiting = [
-            number
-            for number, text in enumerate(recording.texts)
-            if self._ends[number] > text.start
+            number for number, text in enumerate(recording.texts) if self._ends[number] > text.start
         ][::-1]
         self._live: dict[int, int] = {}
         """Context length of the requests under way."""
@@ -322,9 +303,7 @@ class _Engine:
             snapshot=self._drafter.snapshot(),
         )
 
-    def _verify(
-        self, order: Sequence[int]
-    ) -> tuple[StepOutcome, npt.NDArray[np.int64]]:
+    def _verify(self, order: Sequence[int]) -> tuple[StepOutcome, npt.NDArray[np.int64]]:
         live, drafter = self._live, self._drafter
         trees = [self._trees.get(number, EMPTY_TREE) for number in order]
         emitted = np.full((len(order), 1 + max(map(len, trees))), -1, dtype=np.int64)

@@ -13,17 +13,8 @@ from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.step.trace import read_trace
 from vllm_specplugin.tools.engine_client import EngineProcess
 from vllm_specplugin.tools.prompt_files import PromptFileError, read_prompts
-from vllm_specplugin.tools.replay.plots import (
-    plot_replays,
-    plot_tuning,
-    require_matplotlib,
-)
-from vllm_specplugin.tools.replay.replay import (
-    Replayed,
-    load_recording,
-    policy_config,
-    replay,
-)
+from vllm_specplugin.tools.replay.plots import plot_replays, plot_tuning, require_matplotlib
+from vllm_specplugin.tools.replay.replay import Replayed, load_recording, policy_config, replay
 
 __all__ = ["parse_load", "parse_policy", "replay_command", "tune_command"]
 
@@ -105,9 +96,7 @@ def replay_command(
     )
     results: list[Replayed] = []
     for text, (name, options) in zip(policies, chosen):
-        result = replay(
-            recording, name, options, batch=batch, load=load, warm=True, seed=seed
-        )
+        result = replay(recording, name, options, batch=batch, load=load, warm=True, seed=seed)
         result.policy = text
         results.append(result)
         steps = max(1, result.request_steps)
@@ -154,8 +143,7 @@ def tune_command(
             complain(
                 f"{len(texts)} prompts in {prompts}",
                 f"at least {max(batches)}, the largest batch",
-                "add prompts or lower --batch; repeating prompts would flatter "
-                "drafters that copy",
+                "add prompts or lower --batch; repeating prompts would flatter drafters that copy",
             )
         )
     out.mkdir(parents=True, exist_ok=True)
@@ -166,9 +154,7 @@ def tune_command(
             engine=engine,
         )  # fmt: skip
         times = load_recording([path for pair in traces.values() for path in pair])
-        recordings = {
-            batch: load_recording([shadow]) for batch, (shadow, _) in traces.items()
-        }
+        recordings = {batch: load_recording([shadow]) for batch, (shadow, _) in traces.items()}
         points = _points([path for pair in traces.values() for path in pair])
     counts = [n for n in _COUNTS if n <= max_nodes]
     fixed: dict[int, dict[int, float]] = {}
@@ -177,13 +163,10 @@ def tune_command(
         recording.times = times.times
         plain = replay(recording, "shadow", batch=batch).tokens_per_s
         fixed[batch] = {0: 1.0} | {
-            n: replay(recording, "fixed", {"nodes": n}, batch=batch).tokens_per_s
-            / plain
+            n: replay(recording, "fixed", {"nodes": n}, batch=batch).tokens_per_s / plain
             for n in counts
         }
-        goodput[batch] = (
-            replay(recording, "goodput", batch=batch, warm=True).tokens_per_s / plain
-        )
+        goodput[batch] = replay(recording, "goodput", batch=batch, warm=True).tokens_per_s / plain
     plot = out / "tuning.svg"
     plot_tuning(times, points, fixed, goodput, plot)
     print(_advice(proposer, fixed, goodput, counts))
@@ -272,7 +255,6 @@ def _advice(
     else:
         lines.append("Best flags for this traffic on this machine:")
         lines.append(
-            f"    --spec-proposer {proposer} --spec-policy goodput "
-            f"--spec-max-nodes {max(1, limit)}"
+            f"    --spec-proposer {proposer} --spec-policy goodput --spec-max-nodes {max(1, limit)}"
         )
     return "\n".join(lines)

@@ -48,17 +48,10 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
     # what a response tells of its request; wrapped for want of a field
     "vllm.v1.engine.output_processor:OutputProcessor.process_outputs": None,
     "vllm.v1.metrics.stats:RequestSpecDecodeMetrics.to_dict": ("self",),
-    "prometheus_client.mmap_dict:MmapedDict.write_value": (
-        "self",
-        "key",
-        "value",
-        "timestamp",
-    ),
+    "prometheus_client.mmap_dict:MmapedDict.write_value": ("self", "key", "value", "timestamp"),
     "prometheus_client.multiprocess:MultiProcessCollector": ("registry", "path"),
     "vllm.exceptions:VLLMValidationError": ("message", "parameter"),
-    "vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer": (
-        "vllm_config",
-    ),
+    "vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer": ("vllm_config",),
     "vllm.v1.spec_decode.dynamic.utils:build_dynamic_sd_schedule_lookup": (
         "num_speculative_tokens_per_batch_size",
         "vllm_max_batch_size",
@@ -71,11 +64,7 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
     "vllm.v1.worker.gpu_worker:Worker._maybe_activate_jit_monitor": ("self",),
     # the runner's steps that we override
     f"{_RUNNER}._update_states": ("self", "scheduler_output"),
-    f"{_RUNNER}._prepare_inputs": (
-        "self",
-        "scheduler_output",
-        "num_scheduled_tokens",
-    ),
+    f"{_RUNNER}._prepare_inputs": ("self", "scheduler_output", "num_scheduled_tokens"),
     f"{_RUNNER}._build_attention_metadata": None,
     f"{_RUNNER}._input_fits_in_drafter": ("self", "common_attn_metadata"),
     f"{_RUNNER}._sample": ("self", "logits", "spec_decode_metadata"),
@@ -93,10 +82,7 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
     ),
     # draft models: drafts wait until tokens are booked (fourth of what it returns)
     f"{_RUNNER}._bookkeeping_sync": None,
-    f"{_DRAFTER}.build_per_group_and_layer_attn_metadata": (
-        "self",
-        "common_attn_metadata",
-    ),
+    f"{_DRAFTER}.build_per_group_and_layer_attn_metadata": ("self", "common_attn_metadata"),
     # draft models: which CUDA graph a pass takes, and where that reads its slots
     "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch": ("self", "num_tokens"),
     f"{_DRAFTER}._get_slot_mapping": ("self", "num_tokens", "slot_mapping"),
@@ -123,8 +109,10 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
     "vllm.config:ModelConfig.get_hidden_size": ("self",),
     # heads with caches: what they read of several layers, and that a cached prefix
     # ends a block early
-    "vllm.model_executor.models.llama_eagle3:Eagle3LlamaForCausalLM"
-    ".combine_hidden_states": ("self", "hidden_states"),
+    "vllm.model_executor.models.llama_eagle3:Eagle3LlamaForCausalLM.combine_hidden_states": (
+        "self",
+        "hidden_states",
+    ),
     "vllm.config:SpeculativeConfig.use_eagle_block_drop": ("self",),
     # sampling
     "vllm.v1.sample.sampler:Sampler.apply_logits_processors": (
@@ -133,17 +121,9 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
         "sampling_metadata",
         "predict_bonus_token",
     ),
-    "vllm.v1.sample.sampler:Sampler.apply_temperature": (
-        "logits",
-        "temp",
-        "all_random",
-    ),
+    "vllm.v1.sample.sampler:Sampler.apply_temperature": ("logits", "temp", "all_random"),
     "vllm.v1.sample.sampler:Sampler.compute_logprobs": ("logits",),
-    "vllm.v1.sample.sampler:Sampler.gather_logprobs": (
-        "logprobs",
-        "num_logprobs",
-        "token_ids",
-    ),
+    "vllm.v1.sample.sampler:Sampler.gather_logprobs": ("logprobs", "num_logprobs", "token_ids"),
     "vllm.v1.sample.sampler:Sampler.gather_specific_token_logprobs": (
         "self",
         "logprobs",
@@ -173,8 +153,7 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
         "thinking_budget_state_holder",
     ),
     "vllm.v1.sample.logits_processor:LogitsProcessors": ("logitsprocs",),
-    "vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor"
-    "._mask_stop_token_logits": (
+    "vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor._mask_stop_token_logits": (
         "self",
         "logits",
         "logits_slice",
@@ -242,11 +221,7 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
     "vllm.v1.metrics.stats:RequestStateStats": ("first_token_ts", "last_token_ts"),
     "vllm.v1.outputs:SamplerOutput": ("sampled_token_ids", "logprobs_tensors"),
     # attention
-    "vllm.v1.attention.backends.registry:register_backend": (
-        "backend",
-        "class_path",
-        "is_mamba",
-    ),
+    "vllm.v1.attention.backends.registry:register_backend": ("backend", "class_path", "is_mamba"),
     # the Triton kernel instead of the backend's, and which CUDA graphs may hold it
     f"{_BUILDER}.get_cudagraph_support": ("vllm_config", "kv_cache_spec"),
     f"{_BUILDER}.build_for_cudagraph_capture": ("self", "common_attn_metadata"),
@@ -357,17 +332,13 @@ def drift() -> list[str]:
     """Differences between :data:`SEAMS` and the installed vLLM, as sentences; and
     of FlashInfer where that is installed."""
     relied_on = {**SEAMS, **(FLASHINFER if find_spec("flashinfer") else {})}
-    return [
-        problem for path, names in relied_on.items() if (problem := _check(path, names))
-    ]
+    return [problem for path, names in relied_on.items() if (problem := _check(path, names))]
 
 
 def _check(path: str, names: tuple[str, ...] | None) -> str | None:
     module_name, _, attributes = path.partition(":")
     try:
-        target: Any = reduce(
-            getattr, attributes.split("."), importlib.import_module(module_name)
-        )
+        target: Any = reduce(getattr, attributes.split("."), importlib.import_module(module_name))
     except (ImportError, AttributeError) as error:
         return f"{path} is gone ({error})"
     if names is None:
@@ -382,11 +353,7 @@ def _check(path: str, names: tuple[str, ...] | None) -> str | None:
         not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     ]
     missing = [name for name in names if name not in found]
-    if (
-        missing
-        or extra_needed
-        or (found[: len(names)] != names and not _is_class(target))
-    ):
+    if missing or extra_needed or (found[: len(names)] != names and not _is_class(target)):
         return f"{path} takes {found}, expected {names}"
     return None
 

@@ -15,14 +15,7 @@ from vllm_specplugin.vllm.compat.log_setup import log_as_vllm_does
 from vllm_specplugin.vllm.compat.seams import check_version
 from vllm_specplugin.vllm.frontend.runner_choice import choose_runner
 
-__all__ = [
-    "DRAFTER",
-    "WORKER",
-    "add_flags",
-    "apply_flags",
-    "check_worker",
-    "engine_arguments",
-]
+__all__ = ["DRAFTER", "WORKER", "add_flags", "apply_flags", "check_worker", "engine_arguments"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +45,7 @@ def engine_arguments(
     """
     check_version()
     config = SpecConfig.from_flags(
-        proposer=proposer,
-        scorer=scorer,
-        policy=policy,
-        max_nodes=max_nodes,
-        options=options,
+        proposer=proposer, scorer=scorer, policy=policy, max_nodes=max_nodes, options=options
     )
     asked = {"method": "custom_class", "model": DRAFTER}
     choice = choose_runner(config, _asked(config), asked, asynchronous)
@@ -107,8 +96,7 @@ def check_worker(worker_cls: Any) -> None:
             complain(
                 f"worker_cls={worker_cls!r} with the plugin's configuration",
                 f"worker_cls={WORKER!r}",
-                "pass all arguments that speculate() returns, or use the "
-                "--spec-proposer flag",
+                "pass all arguments that speculate() returns, or use the --spec-proposer flag",
             )
         )
 
@@ -174,9 +162,7 @@ def apply_flags(args: argparse.Namespace) -> None:
     """
     names = ("proposer", "scorer", "policy", "max_nodes", "trace", "options")
     given: dict[str, Any] = {
-        name: value
-        for name in names
-        if (value := getattr(args, f"spec_{name}", None)) is not None
+        name: value for name in names if (value := getattr(args, f"spec_{name}", None)) is not None
     }
     if not given:
         return

@@ -29,8 +29,7 @@ class PluginDrafter:
                 complain(
                     f"worker_cls={found!r}",
                     f"worker_cls={WORKER!r}",
-                    "pass all arguments that speculate() returns, or use the "
-                    "--spec-proposer flag",
+                    "pass all arguments that speculate() returns, or use the --spec-proposer flag",
                 )
             )
 

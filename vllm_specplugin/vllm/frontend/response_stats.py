@@ -31,9 +31,7 @@ def show_statistics() -> None:
     _collect()
 
     @functools.wraps(process)
-    def with_our_statistics(
-        self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+    def with_our_statistics(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
         for output in engine_core_outputs:
             if output.spec_decode_metrics is not None:
                 output.spec_decode_metrics = _extended(output)

@@ -109,14 +109,10 @@ def choose_runner(
     return RunnerChoice(method, second=True, nodes=nodes)
 
 
-def _steady_nodes(
-    config: SpecConfig, method: Mapping[str, Any]
-) -> tuple[int | None, str]:
+def _steady_nodes(config: SpecConfig, method: Mapping[str, Any]) -> tuple[int | None, str]:
     """Nodes of every step, if drafts can stay on the device; else why not."""
     proposer, _ = resolve(config, "proposer")
-    if method or not (
-        isinstance(proposer, type) and issubclass(proposer, OffersDevice)
-    ):
+    if method or not (isinstance(proposer, type) and issubclass(proposer, OffersDevice)):
         return None, f"proposer {config.proposer!r} drafts on the host"
     scorer, _ = resolve(config, "scorer")
     if not getattr(scorer, "emits_draws", False):

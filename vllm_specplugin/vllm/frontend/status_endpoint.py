@@ -35,9 +35,7 @@ class StatusEndpoint:
 
         app.add_api_route(PATH, status, methods=["GET"])
 
-    async def init_state(
-        self, engine_client: Any, state: Any, args: argparse.Namespace
-    ) -> None:
+    async def init_state(self, engine_client: Any, state: Any, args: argparse.Namespace) -> None:
         """Remembers how to reach the engine."""
         del args
         state.specplugin_engine = engine_client

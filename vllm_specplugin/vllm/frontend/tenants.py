@@ -36,9 +36,7 @@ class TenantMiddleware:
         self._app = app
         _active = True
 
-    async def __call__(
-        self, scope: MutableMapping[str, Any], receive: Any, send: Any
-    ) -> None:
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] not in {"http", "websocket"}:
             await self._app(scope, receive, send)
             return
@@ -75,7 +73,6 @@ def add_middleware(args: Any) -> None:
     args.middleware = [*listed, MIDDLEWARE]
     log_as_vllm_does()
     logger.info(
-        "vllm-specplugin: proposers keep the texts of %d API keys apart "
-        "(cache_scope=tenant)",
+        "vllm-specplugin: proposers keep the texts of %d API keys apart (cache_scope=tenant)",
         len(keys),
     )

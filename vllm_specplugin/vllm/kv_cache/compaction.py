@@ -63,9 +63,7 @@ def compact(runner: Any, plan: TreeAttentionPlan, moves: Sequence[Move]) -> int:
                 continue
             layer = context[name]
             key, value = plan.kept[name]
-            layer.impl.do_kv_cache_update(
-                layer, key[kept], value[kept], layer.kv_cache, slots
-            )
+            layer.impl.do_kv_cache_update(layer, key[kept], value[kept], layer.kv_cache, slots)
     return len(source)
 
 

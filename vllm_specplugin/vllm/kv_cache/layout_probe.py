@@ -98,9 +98,7 @@ def serves_kernel(layer: Any) -> bool:
     where = sent.to(cache.device)
     stored = _store(layer, where[0], where[1])
     views = device.key_value_views(layer.impl, stored)
-    for view, expected, scale in zip(
-        views, sent, device.scales(layer.impl, layer, where)
-    ):
+    for view, expected, scale in zip(views, sent, device.scales(layer.impl, layer, where)):
         found = view[0].float()
         if scale is not None:
             found *= scale[:, None]
@@ -130,9 +128,7 @@ def _store(layer: Any, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """One block holding the given ``[block_size, kv_heads, head_size]``."""
     cache = layer.kv_cache
     block = torch.zeros((1, *cache.shape[1:]), dtype=cache.dtype, device=cache.device)
-    dtype = (
-        getattr(layer, "dtype", torch.bfloat16) if _quantised(layer) else cache.dtype
-    )
+    dtype = getattr(layer, "dtype", torch.bfloat16) if _quantised(layer) else cache.dtype
     layer.impl.do_kv_cache_update(
         layer,
         key.to(cache.device, dtype),

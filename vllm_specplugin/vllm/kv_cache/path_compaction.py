@@ -61,6 +61,4 @@ def _store_again(
             if name not in plan.kept:  # a draft model's: it keeps its own
                 continue
             layer, (key, value) = context[name], plan.kept[name]
-            layer.impl.do_kv_cache_update(
-                layer, key[kept], value[kept], layer.kv_cache, where
-            )
+            layer.impl.do_kv_cache_update(layer, key[kept], value[kept], layer.kv_cache, where)

@@ -72,9 +72,7 @@ class KVRows:
             kinds.setdefault(key, []).append(cache)
         self._kinds = [_kind(group) for group in kinds.values()]
 
-    def move(
-        self, source: Tensor, target: Tensor, counts: Tensor | None = None
-    ) -> None:
+    def move(self, source: Tensor, target: Tensor, counts: Tensor | None = None) -> None:
         """Moves rows, without waiting for the device.
 
         Args:
@@ -147,11 +145,7 @@ def _kind(caches: Sequence[Tensor]) -> _Kind:
     width = first.element_size()
     steps = [first.shape[3] * width, *(s * width for s in first.stride()[:3])]
     steps += [cache.data_ptr() for cache in caches]
-    dtype, word = next(
-        pair for pair in _WORDS if all(s % pair[0].itemsize == 0 for s in steps)
-    )
+    dtype, word = next(pair for pair in _WORDS if all(s % pair[0].itemsize == 0 for s in steps))
     seen = first.view(dtype)
     pointers = torch.tensor([c.data_ptr() for c in caches], dtype=torch.int64)
-    return _Kind(
-        pointers.to(first.device), tuple(seen.shape), tuple(seen.stride()), word
-    )
+    return _Kind(pointers.to(first.device), tuple(seen.shape), tuple(seen.stride()), word)

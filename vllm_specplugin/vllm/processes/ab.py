@@ -60,10 +60,7 @@ def _logprobs(completion: Any) -> list[float] | None:
     """What the model gave each emitted token, if asked for."""
     if completion.logprobs is None:
         return None
-    return [
-        step[token].logprob
-        for token, step in zip(completion.token_ids, completion.logprobs)
-    ]
+    return [step[token].logprob for token, step in zip(completion.token_ids, completion.logprobs)]
 
 
 def _counters(llm: Any) -> dict[str, Any]:
@@ -81,10 +78,7 @@ def _difference(after: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]
     by_depth = [a - b for a, b in zip(depths, then)]
     while by_depth and not by_depth[-1]:
         by_depth.pop()
-    return {
-        **{name: after[name] - before[name] for name in after},
-        "accepted_by_depth": by_depth,
-    }
+    return {**{name: after[name] - before[name] for name in after}, "accepted_by_depth": by_depth}
 
 
 def encode(llm: Any, request: dict[str, Any]) -> dict[str, Any]:

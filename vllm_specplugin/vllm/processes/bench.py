@@ -96,9 +96,7 @@ def _answer(result: dict[str, Any]) -> dict[str, Any]:
             "ttft": firsts,
             "e2el": whole,
             "tpot": [
-                (all_ - first) / (n - 1)
-                for n, first, all_ in zip(lengths, firsts, whole)
-                if n > 1
+                (all_ - first) / (n - 1) for n, first, all_ in zip(lengths, firsts, whole) if n > 1
             ],
             "itl": [round(gap, 5) for gaps in result["itls"] for gap in gaps],
         },

@@ -40,10 +40,7 @@ def build_llm(settings: Mapping[str, Any]) -> Any:
     from vllm import LLM
 
     from vllm_specplugin import speculate
-    from vllm_specplugin.vllm.compat.cpu_sampling_fix import (
-        expansion_is_broken,
-        mend_expansion,
-    )
+    from vllm_specplugin.vllm.compat.cpu_sampling_fix import expansion_is_broken, mend_expansion
 
     if settings.get("mend") and expansion_is_broken():
         mend_expansion()
@@ -76,9 +73,7 @@ def run(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _closed_loop(
-    llm: Any, prompts: list[Any], params: list[Any], places: int
-) -> list[Any]:
+def _closed_loop(llm: Any, prompts: list[Any], params: list[Any], places: int) -> list[Any]:
     """Generates with so many requests at a time: a new one takes the place of
     each that ends, as in a server under load."""
     engine = llm.llm_engine
@@ -141,9 +136,7 @@ def reset(llm: Any, request: dict[str, Any]) -> Any:
 COMMANDS: Mapping[str, Command] = {"run": run, "stats": stats, "reset": reset}
 
 
-def serve(
-    llm: Any, commands: Mapping[str, Command], requests: TextIO, answers: TextIO
-) -> None:
+def serve(llm: Any, commands: Mapping[str, Command], requests: TextIO, answers: TextIO) -> None:
     """Answers commands until the input ends."""
     for line in requests:
         request = json.loads(line)

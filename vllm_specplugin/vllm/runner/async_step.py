@@ -14,11 +14,7 @@ from typing import Any
 import torch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_specplugin.api.device_proposer import (
-    DeviceContext,
-    DeviceProposer,
-    OffersDevice,
-)
+from vllm_specplugin.api.device_proposer import DeviceContext, DeviceProposer, OffersDevice
 from vllm_specplugin.errors import UnsupportedError, complain
 from vllm_specplugin.telemetry.counters import SpecMetrics
 from vllm_specplugin.vllm.kv_cache.path_compaction import compact_paths
@@ -33,15 +29,7 @@ __all__ = ["DeviceSide"]
 
 logger = logging.getLogger(__name__)
 
-_COUNTERS = (
-    "steps",
-    "requests",
-    "drafts",
-    "nodes",
-    "accepted",
-    "emitted",
-    "kv_rows_moved",
-)
+_COUNTERS = ("steps", "requests", "drafts", "nodes", "accepted", "emitted", "kv_rows_moved")
 
 
 class DeviceSide:
@@ -89,8 +77,7 @@ class DeviceSide:
                     f"asynchronous scheduling with proposer {spec.config.proposer!r} "
                     f"and scorer {spec.config.scorer!r}",
                     "a proposer that drafts on the device, and 'exact'",
-                    "pass all arguments that speculate() returns, without "
-                    "--async-scheduling",
+                    "pass all arguments that speculate() returns, without --async-scheduling",
                 )
             )
         self._proposer: DeviceProposer = proposer.on_device(
@@ -163,9 +150,7 @@ class DeviceSide:
         self._emitted_from = starts + path.gather(1, accepted[:, None])[:, 0]
         emitted = chosen[starts[:, None] + path]
         output = rows.output(
-            emitted,
-            (accepted + 1).int(),
-            lambda: _by_path(batch, starts, path, accepted, emitted),
+            emitted, (accepted + 1).int(), lambda: _by_path(batch, starts, path, accepted, emitted)
         )
         self._book(output.num_sampled, tokens, accepted, moved)
         if top is not None:
@@ -247,9 +232,7 @@ class DeviceSide:
         parents = tokens.clone()
         if self._spec.config.proposer != "none" and self._spec.drafter.enabled:
             try:
-                tokens, parents = self._proposer.propose(
-                    self._context(batch, hidden_states)
-                )
+                tokens, parents = self._proposer.propose(self._context(batch, hidden_states))
             except Exception as error:
                 self._failed(error)
         before = torch.arange(most, device=slots.device) - 1
@@ -281,9 +264,7 @@ class DeviceSide:
         failures["proposer_error"] += 1
         self._failures += 1
         if self._failures == 1:
-            logger.error(
-                "proposer %r failed", self._spec.config.proposer, exc_info=error
-            )
+            logger.error("proposer %r failed", self._spec.config.proposer, exc_info=error)
         if self._failures >= self._spec.config.max_failures:
             self._spec.drafter.enabled = False
             failures["disabled"] += 1

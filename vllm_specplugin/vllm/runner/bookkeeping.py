@@ -34,8 +34,7 @@ def score(spec: SpecState, batch: ScoreBatch) -> ScoreResult:
         failures["scorer_error"] += 1
         if failures["scorer_error"] == 1:
             logger.exception(
-                "scorer %r failed; steps it fails on are scored by 'exact'",
-                spec.config.scorer,
+                "scorer %r failed; steps it fails on are scored by 'exact'", spec.config.scorer
             )
         return spec.fallback_scorer.score(batch)
 

@@ -24,9 +24,7 @@ class DeviceCounters:
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
         self._names = names
         self._totals = torch.zeros(len(names), dtype=torch.int64, device=device)
-        self._copy = torch.zeros(
-            len(names), dtype=torch.int64, pin_memory=device.type == "cuda"
-        )
+        self._copy = torch.zeros(len(names), dtype=torch.int64, pin_memory=device.type == "cuda")
         self._told = [0] * len(names)
         self._steps = 0
 

@@ -124,9 +124,7 @@ class Rows:
             num_rejected=num_rejected,
         )
 
-    def _logprobs(
-        self, by_path: Callable[[], tuple[torch.Tensor, torch.Tensor]]
-    ) -> Any:
+    def _logprobs(self, by_path: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> Any:
         sampler, batch = self._sampler, self._batch
         wanted = sampler.get_logprobs_dims(batch.idx_mapping_np)
         if wanted is None:

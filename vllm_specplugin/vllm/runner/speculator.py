@@ -39,23 +39,14 @@ class TreeSpeculator:
         if runner.spec.follows_native:
             # Also where nothing is to be drafted: it follows the target's text.
             own = super().propose(  # type: ignore[misc]
-                input_batch,
-                attn_metadata,
-                slot_mappings,
-                last_hidden_states,
-                *args,
-                **kwargs,
+                input_batch, attn_metadata, slot_mappings, last_hidden_states, *args, **kwargs
             )
         if kwargs.get("dummy_run"):
             shape = (input_batch.num_reqs, runner.num_speculative_steps)
             return (
-                torch.zeros(shape, dtype=torch.int64, device=runner.device)
-                if own is None
-                else own
+                torch.zeros(shape, dtype=torch.int64, device=runner.device) if own is None else own
             )
-        drafts: torch.Tensor = runner.spec_side.draft(
-            input_batch, own, last_hidden_states
-        )
+        drafts: torch.Tensor = runner.spec_side.draft(input_batch, own, last_hidden_states)
         return drafts
 
     def sample_draft(

@@ -96,17 +96,14 @@ class SpecState:
         """End of the last drafting."""
         self.why_chains: str | None = "the KV cache is not allocated yet"
 
-    def _context(
-        self, *, requests: Sequence[RequestView], **prices: float
-    ) -> ProposeContext:
+    def _context(self, *, requests: Sequence[RequestView], **prices: float) -> ProposeContext:
         views = requests
         model, session = self.draft_model, None
         req_ids = [view.req_id for view in views]
         if model is not None:
             index = self._runner.input_batch.req_id_to_index
             session = model.session(
-                [index[view.req_id] for view in views],
-                [len(view.tokens) for view in views],
+                [index[view.req_id] for view in views], [len(view.tokens) for view in views]
             )
         native = None if self.native is None else self.native.of(req_ids)
         target = None
@@ -114,11 +111,7 @@ class SpecState:
             indices = [self.place[req_id] for req_id in req_ids]
             target = target_rows(self._runner, self.hidden, indices)
         return ProposeContext(
-            requests=views,
-            draft_model=session,
-            native=native,
-            target=target,
-            **prices,
+            requests=views, draft_model=session, native=native, target=target, **prices
         )
 
     def read_target(self) -> None:

@@ -20,12 +20,7 @@ from vllm_specplugin.step.draft_request import DraftRequest
 from vllm_specplugin.trees.draft_probs import DraftProbs, batch_probs
 from vllm_specplugin.trees.step_layout import StepLayout, scheduled_tree
 from vllm_specplugin.vllm.kv_cache.path_compaction import compact_paths
-from vllm_specplugin.vllm.runner.bookkeeping import (
-    GREEDY,
-    count_step,
-    draft_request,
-    score,
-)
+from vllm_specplugin.vllm.runner.bookkeeping import GREEDY, count_step, draft_request, score
 from vllm_specplugin.vllm.runner.sampling import Rows
 from vllm_specplugin.vllm.runner.speculator import NativeDraftsV2
 from vllm_specplugin.vllm.runner.state import SpecState, Step
@@ -103,9 +98,7 @@ class HostSide:
             tokens[row, : len(tree)] = tree.tokens
             parents[row, : len(tree)] = tree.parents
         counts = (layout.counts - 1).astype(np.int32)
-        device_trees.lay_out(
-            *(torch.from_numpy(x).to(device) for x in (tokens, parents, counts))
-        )
+        device_trees.lay_out(*(torch.from_numpy(x).to(device) for x in (tokens, parents, counts)))
         return DeviceTreePlan(device_trees, batch.query_start_loc, batch.seq_lens)
 
     def sample(
@@ -146,9 +139,7 @@ class HostSide:
         count_step(spec, step, result, batch.req_ids, sampled, began)
         return _output(rows, batch, result)
 
-    def _batch(
-        self, rows: Rows, batch: Any, layout: StepLayout, tokens: Any
-    ) -> ScoreBatch:
+    def _batch(self, rows: Rows, batch: Any, layout: StepLayout, tokens: Any) -> ScoreBatch:
         spec, texts, slots = self._spec, self._texts, batch.idx_mapping_np
         probs = batch_probs(
             [self._drawn_from(*one) for one in zip(batch.req_ids, layout.trees)],
@@ -265,8 +256,5 @@ def _output(rows: Rows, batch: Any, result: ScoreResult) -> SamplerOutput:
     return rows.output(
         torch.from_numpy(result.tokens.clip(min=0).astype(np.int64)).to(device),
         torch.from_numpy(result.lengths.astype(np.int32)).to(device),
-        lambda: (
-            torch.from_numpy(order).to(device),
-            torch.from_numpy(emitted).to(device),
-        ),
+        lambda: (torch.from_numpy(order).to(device), torch.from_numpy(emitted).to(device)),
     )

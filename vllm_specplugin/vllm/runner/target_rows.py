@@ -20,14 +20,7 @@ from vllm_specplugin.api.roles import ScoreResult, TargetRows
 from vllm_specplugin.errors import UnsupportedError, complain
 from vllm_specplugin.trees.step_layout import StepLayout
 
-__all__ = [
-    "likeliest",
-    "one_rank_only",
-    "rows_of",
-    "show",
-    "show_rows",
-    "target_rows",
-]
+__all__ = ["likeliest", "one_rank_only", "rows_of", "show", "show_rows", "target_rows"]
 
 IntArray = npt.NDArray[np.int32]
 
@@ -54,9 +47,7 @@ def show_rows(runner: Any, top: IntArray | None, result: ScoreResult) -> None:
         return
     layout: StepLayout = runner.spec.step.layout
     count = len(layout.trees)
-    roots = runner.input_batch.token_ids_cpu[
-        np.arange(count), np.asarray(layout.root_positions)
-    ]
+    roots = runner.input_batch.token_ids_cpu[np.arange(count), np.asarray(layout.root_positions)]
     sampled = ~runner.discard_request_mask.np[:count]
     scopes = runner.spec.scorer.scopes(runner.input_batch.req_ids)
     show(runner.spec.drafter, layout, roots, sampled, top, result, scopes)
@@ -118,9 +109,7 @@ def one_rank_only(proposer: Any, ranks: int) -> None:
         )
 
 
-def target_rows(
-    runner: Any, hidden_states: torch.Tensor, indices: Sequence[int]
-) -> TargetRows:
+def target_rows(runner: Any, hidden_states: torch.Tensor, indices: Sequence[int]) -> TargetRows:
     """What a proposer that asks sees of the target.
 
     Args:

@@ -115,9 +115,7 @@ class TreeRunnerV2:
         ):
             setattr(self, name, mixed(mixin, getattr(self, name), self))
 
-    def initialize_kv_cache(
-        self, kv_cache_config: Any, *args: Any, **kwargs: Any
-    ) -> None:
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         gpu.forbid_graphs()
         if self.spec.config.full_graphs and not self.spec.follows_native:
             groups = kv_cache_config.kv_cache_groups
@@ -145,9 +143,7 @@ class TreeRunnerV2:
     def finish_requests(self, scheduler_output: Any) -> None:
         super().finish_requests(scheduler_output)  # type: ignore[misc]
         finished = list(scheduler_output.finished_req_ids)
-        self.spec_side.forget_drafts(
-            [*finished, *(scheduler_output.preempted_req_ids or ())]
-        )
+        self.spec_side.forget_drafts([*finished, *(scheduler_output.preempted_req_ids or ())])
         if finished:
             self.spec.drafter.release(finished)
             self.spec.scorer.release(finished)

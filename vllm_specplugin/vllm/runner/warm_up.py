@@ -133,9 +133,7 @@ def _query(layer: Any, runner: Any, rows: int) -> torch.Tensor:
     return torch.zeros(shape, device=layer.kv_cache.device).to(dtype)
 
 
-def _attend(
-    layer: Any, runner: Any, requests: int, rows: int, length: int, all_rows: bool
-) -> None:
+def _attend(layer: Any, runner: Any, requests: int, rows: int, length: int, all_rows: bool) -> None:
     impl, cache = layer.impl, layer.kv_cache
     query = _query(layer, runner, rows)
     lengths = torch.zeros(requests, dtype=torch.int32, device=cache.device)
@@ -156,7 +154,5 @@ def _attend(
         # Every node sees itself: a row that sees nothing would be undefined.
         ancestors=torch.full(masks, -1, dtype=torch.int64, device=cache.device),
     )
-    output = torch.empty(
-        query.shape, device=cache.device, dtype=runner.model_config.dtype
-    )
+    output = torch.empty(query.shape, device=cache.device, dtype=runner.model_config.dtype)
     device.attend(impl, layer, query, cache, metadata, output, trees, all_rows=all_rows)

@@ -36,10 +36,7 @@ class ProcessedLogits:
 
 
 def process_logits(
-    sampler: Sampler,
-    logits: torch.Tensor,
-    metadata: SamplingMetadata,
-    layout: StepLayout,
+    sampler: Sampler, logits: torch.Tensor, metadata: SamplingMetadata, layout: StepLayout
 ) -> ProcessedLogits:
     """Applies masks, bad words, min-tokens, penalties, temperature, top-k, top-p.
 
@@ -66,9 +63,7 @@ def process_logits(
         logits = _force_thinking_end(logits, metadata, layout)
     if not metadata.all_greedy:
         assert spread.temperature is not None
-        logits = sampler.apply_temperature(
-            logits, spread.temperature, metadata.all_random
-        )
+        logits = sampler.apply_temperature(logits, spread.temperature, metadata.all_random)
         logits = apply_top_k_top_p(logits, spread.top_k, spread.top_p)
     return ProcessedLogits(raw=raw if wants_raw else logits, processed=logits)
 
@@ -141,9 +136,7 @@ def _mask_min_tokens(
             return torch.tensor(values, dtype=torch.long, device=logits.device)
 
         processor._mask_stop_token_logits(
-            logits,
-            (tensor(rows), tensor(tokens)),
-            (tensor(restore_rows), tensor(restore_tokens)),
+            logits, (tensor(rows), tensor(tokens)), (tensor(restore_rows), tensor(restore_tokens))
         )
 
 
@@ -162,10 +155,7 @@ def _force_thinking_end(
 
 
 def gather_logprobs(
-    sampler: Sampler,
-    logits: ProcessedLogits,
-    metadata: SamplingMetadata,
-    result: ScoreResult,
+    sampler: Sampler, logits: ProcessedLogits, metadata: SamplingMetadata, result: ScoreResult
 ) -> LogprobsTensors | None:
     """Logprobs of the emitted tokens, each from the row that emitted it.
 

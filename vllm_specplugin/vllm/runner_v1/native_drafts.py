@@ -61,9 +61,7 @@ class NativeCall:
         index = self._runner.input_batch.req_id_to_index
         return _Drafts(self, [index[req_id] for req_id in req_ids])
 
-    def run(
-        self, length: int, indices: Sequence[int] = (), steer: Steer | None = None
-    ) -> Any:
+    def run(self, length: int, indices: Sequence[int] = (), steer: Steer | None = None) -> Any:
         """Drafts for all requests, once per step.
 
         Args:
@@ -75,14 +73,10 @@ class NativeCall:
             ``[requests][length]`` tokens.
         """
         if self._drafted is None:
-            output = dataclasses.replace(
-                self._scheduler_output, num_spec_tokens_to_schedule=length
-            )
+            output = dataclasses.replace(self._scheduler_output, num_spec_tokens_to_schedule=length)
             with _steering(self._runner.drafter, indices, steer):
                 drafted = self._propose(output, *self._rest)
-            self._drafted = (
-                drafted.tolist() if isinstance(drafted, torch.Tensor) else drafted
-            )
+            self._drafted = drafted.tolist() if isinstance(drafted, torch.Tensor) else drafted
         return self._drafted
 
     def finish(self) -> None:
@@ -110,9 +104,7 @@ class _Drafts:
 
 
 @contextlib.contextmanager
-def _steering(
-    drafter: Any, indices: Sequence[int], steer: Steer | None
-) -> Iterator[None]:
+def _steering(drafter: Any, indices: Sequence[int], steer: Steer | None) -> Iterator[None]:
     """Has a drafter's logits changed before it takes the largest, for one call.
 
     Each draft step ends in ``_sample_draft_tokens``, with one row per request.

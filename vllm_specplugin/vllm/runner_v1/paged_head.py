@@ -99,10 +99,7 @@ class PagedHead(PagedDraftModel):
         if self._used + count > self._drafter.max_num_tokens:
             self.flush()
         where = torch.from_numpy(np.concatenate(chosen)).to(hidden.device)
-        if aux is None:
-            features = hidden[where]
-        else:
-            features = torch.cat([one[where] for one in aux], dim=-1)
+        features = hidden[where] if aux is None else torch.cat([one[where] for one in aux], dim=-1)
         if self._drafter.method == "eagle3":
             features = self._drafter.model.combine_hidden_states(features)
         self._drafter.hidden_states[self._used : self._used + count] = features
@@ -147,9 +144,7 @@ class PagedHead(PagedDraftModel):
                 self._learnt(index[one.req_id], one.req_id, one.start + one.rows)
                 self._outputs[one.req_id] = rows
 
-    def catch_up_rows(
-        self, indices: Ints, ends: Ints
-    ) -> tuple[Ints, torch.Tensor, torch.Tensor]:
+    def catch_up_rows(self, indices: Ints, ends: Ints) -> tuple[Ints, torch.Tensor, torch.Tensor]:
         """As :meth:`catch_up`, and ``[n, hidden_size]`` features for children."""
         self.flush()
         req_ids = [self._runner.input_batch.req_ids[i] for i in indices.tolist()]
@@ -172,9 +167,7 @@ class HeadSession(DraftSession):
     _model: PagedHead
 
     def roots(self) -> tuple[Ints, torch.Tensor]:
-        ready, logits, self._features = self._model.catch_up_rows(
-            self._indices, self._ends
-        )
+        ready, logits, self._features = self._model.catch_up_rows(self._indices, self._ends)
         self._roots = np.full(len(self._indices), -1)
         self._roots[ready] = np.arange(len(ready))
         self._first = len(ready)

@@ -68,9 +68,7 @@ class PagedDraftModel:
             return f"it has layers that are not attention ({foreign[0]})"
         if self._drafter.uses_mrope:
             return "its positions have several axes (M-RoPE)"
-        if any(
-            g.kernel_block_size is not None for g in self._drafter.draft_attn_groups
-        ):
+        if any(g.kernel_block_size is not None for g in self._drafter.draft_attn_groups):
             return "its attention splits the blocks of the KV cache"
         return prepare_layers(layers)
 
@@ -135,9 +133,7 @@ class PagedDraftModel:
     def room(self, index: int, end: int) -> int:
         """Slots behind the sequence that its blocks have."""
         table = self._table
-        return (
-            int(table.num_blocks_per_row[index]) * int(self._drafter.block_size) - end
-        )
+        return int(table.num_blocks_per_row[index]) * int(self._drafter.block_size) - end
 
     def catch_up(self, indices: Ints, ends: Ints) -> tuple[Ints, torch.Tensor]:
         """Runs what each request has new.
@@ -150,9 +146,7 @@ class PagedDraftModel:
         req_ids = [batch.req_ids[i] for i in indices.tolist()]
         tokens = batch.token_ids_cpu
         starts = np.empty(len(indices), dtype=np.int64)
-        for row, (index, end, req_id) in enumerate(
-            zip(indices.tolist(), ends.tolist(), req_ids)
-        ):
+        for row, (index, end, req_id) in enumerate(zip(indices.tolist(), ends.tolist(), req_ids)):
             known = self._known.setdefault(req_id, 0)
             for token in self._in_place.pop(req_id, ()):
                 if known >= end or tokens[index, known] != token:
@@ -183,11 +177,7 @@ class PagedDraftModel:
         """Told instead of that if vLLM's drafter runs by itself."""
 
     def _run_causal(
-        self,
-        indices: Ints,
-        starts: Ints,
-        takes: Ints,
-        features: torch.Tensor | None = None,
+        self, indices: Ints, starts: Ints, takes: Ints, features: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs consecutive rows of some requests; see :meth:`_forward`."""
         batch, device = self._runner.input_batch, self._runner.device
@@ -206,9 +196,7 @@ class PagedDraftModel:
             num_actual_tokens=int(offsets[-1]),
             max_query_len=int(takes.max()),
             max_seq_len=int(ends.max()),
-            block_table_tensor=self._table.block_table.gpu[
-                torch.from_numpy(indices).to(device)
-            ],
+            block_table_tensor=self._table.block_table.gpu[torch.from_numpy(indices).to(device)],
             slot_mapping=slots,
             causal=True,
         )
@@ -290,20 +278,13 @@ class PagedDraftModel:
         return given if features is None else {**given, "hidden_states": features}
 
     def _in_buffers(
-        self,
-        size: int,
-        tokens: Integers,
-        positions: Ints,
-        features: torch.Tensor | None,
+        self, size: int, tokens: Integers, positions: Ints, features: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         """Rows behind the given ones keep what they held, and are not stored."""
         drafter, count = self._drafter, len(tokens)
         drafter.input_ids[:count] = torch.from_numpy(tokens)
         drafter.positions[:count] = torch.from_numpy(positions)
-        given = {
-            "input_ids": drafter.input_ids[:size],
-            "positions": drafter.positions[:size],
-        }
+        given = {"input_ids": drafter.input_ids[:size], "positions": drafter.positions[:size]}
         if features is not None:  # no rows wait in there while a head runs
             drafter.hidden_states[:count] = features
             given["hidden_states"] = drafter.hidden_states[:size]
@@ -327,8 +308,7 @@ class DraftSession:
         self._ends = ends
         count = len(indices)
         self._room = [
-            min(WORD, model.room(i, end))
-            for i, end in zip(indices.tolist(), ends.tolist())
+            min(WORD, model.room(i, end)) for i, end in zip(indices.tolist(), ends.tolist())
         ]
         self._spines: list[list[int]] = [[] for _ in range(count)]
         """Per request, numbers of the nodes in the slots of a sequence."""
@@ -349,9 +329,7 @@ class DraftSession:
 
     def extend(self, owners: Ints, parents: Ints, tokens: Ints) -> torch.Tensor:
         first = len(self._bits)
-        for owner, parent, token in zip(
-            owners.tolist(), parents.tolist(), tokens.tolist()
-        ):
+        for owner, parent, token in zip(owners.tolist(), parents.tolist(), tokens.tolist()):
             self._place(owner, parent, token)
         bits = np.array(self._bits[first:])
         depths = np.array(self._depths[first:])
@@ -373,9 +351,7 @@ class DraftSession:
     def _place(self, owner: int, parent: int, token: int) -> None:
         spine, number = self._spines[owner], len(self._bits)
         if self.capacity(owner) < 1:
-            raise ValueError(
-                f"request {owner} has no slot left for a node; ask capacity() first"
-            )
+            raise ValueError(f"request {owner} has no slot left for a node; ask capacity() first")
         if parent == (spine[-1] if spine else -1):
             bit = len(spine)
             spine.append(number)

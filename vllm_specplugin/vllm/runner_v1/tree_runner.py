@@ -84,9 +84,7 @@ class TreeRunnerV1:
             spec.draft_model.follow(scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
             params = new.sampling_params
-            chosen = spec.scorer.admit(
-                new.req_id, params.extra_args if params else None
-            )
+            chosen = spec.scorer.admit(new.req_id, params.extra_args if params else None)
             spec.observer.admit(new.req_id, chosen.scorer)
             seed = params.seed if params else None
             if seed is None:
@@ -113,9 +111,7 @@ class TreeRunnerV1:
         self.spec.begin(Step(layout, plan, int(num_scheduled_tokens.sum()), started))
         return prepared
 
-    def _plan(
-        self, layout: StepLayout, node_rows: Any, num_tokens: Any
-    ) -> TreeAttentionPlan:
+    def _plan(self, layout: StepLayout, node_rows: Any, num_tokens: Any) -> TreeAttentionPlan:
         every = [
             (i, row, position, tree)
             for i, (row, position, tree) in enumerate(
@@ -149,9 +145,7 @@ class TreeRunnerV1:
         return StepLayout(
             trees=trees,
             root_rows=[end - 1 - len(tree) for end, tree in zip(ends, trees)],
-            root_positions=[
-                c + n - 1 - len(tree) for c, n, tree in zip(computed, counts, trees)
-            ],
+            root_positions=[c + n - 1 - len(tree) for c, n, tree in zip(computed, counts, trees)],
         )
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
@@ -283,6 +277,5 @@ class TreeRunnerV1:
             max_model_len=self.max_model_len,
             has_embeddings=state.prompt_embeds is not None,
             # The grammar is advanced along a flat list of tokens.
-            chain_only=spec.why_chains is not None
-            or params.structured_outputs is not None,
+            chain_only=spec.why_chains is not None or params.structured_outputs is not None,
         )

@@ -191,11 +191,7 @@ def attend(
     if (tile * BLOCK_M >= count * GROUP) | (low >= high):
         return
     flat = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    token, q_head, d = (
-        flat // GROUP,
-        head * GROUP + flat % GROUP,
-        tl.arange(0, HEAD_PAD),
-    )
+    token, q_head, d = (flat // GROUP, head * GROUP + flat % GROUP, tl.arange(0, HEAD_PAD))
     row, used = (first + token).to(tl.int64), token < count
     filled = used[:, None] & (d < HEAD)[None, :]
     q_at = (row * q_t + q_head * q_h)[:, None] + d[None, :]
@@ -237,9 +233,7 @@ def combine(
     """Merges the shares of one row and head. Grid ``(requests * most, heads)``."""
     request, token = tl.program_id(0) // most, tl.program_id(0) % most
     head = tl.program_id(1)
-    first, count, _, length, _, _ = _rows_of(
-        request, starts, lengths, nodes, rows, ALL_ROWS
-    )
+    first, count, _, length, _, _ = _rows_of(request, starts, lengths, nodes, rows, ALL_ROWS)
     if (token >= count) | (length <= 0):
         return
     split, d = tl.arange(0, MOST_SPLITS), tl.arange(0, HEAD_PAD)

@@ -41,15 +41,13 @@ def _tile(rows: int, lanes: int) -> Any:
     bfloat16, which is the upper half of a float32.
     """
     floats, words, wide = (
-        ir.VectorType(kind, lanes)
-        for kind in (ir.FloatType(), ir.IntType(16), ir.IntType(32))
+        ir.VectorType(kind, lanes) for kind in (ir.FloatType(), ir.IntType(16), ir.IntType(32))
     )
     first_lane = ir.IntType(32)(0)
 
     def codegen(context, builder, signature, args):
         a, b, c = (
-            context.make_array(signature.args[i])(context, builder, args[i]).data
-            for i in (0, 3, 7)
+            context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 3, 7)
         )
         (a_at, a_row), (b_at, b_row), count = args[1:3], args[4:6], args[6]
         c_at, c_row = args[8:]
@@ -63,8 +61,7 @@ def _tile(rows: int, lanes: int) -> Any:
 
         places = [vector(c, row(c_at, c_row, i), floats) for i in range(rows)]
         sums = [
-            cgutils.alloca_once_value(builder, builder.load(place, align=4))
-            for place in places
+            cgutils.alloca_once_value(builder, builder.load(place, align=4)) for place in places
         ]
         with cgutils.for_range(builder, count) as loop:
             at = builder.add(b_at, builder.mul(b_row, loop.index))
@@ -273,20 +270,7 @@ def _attend_head(q, kv, block_size, starts, sees, context, length, score, powers
 
 
 @_jit
-def attend(
-    query,
-    kv,
-    block_size,
-    table,
-    request,
-    context,
-    nodes,
-    scale,
-    place,
-    out,
-    part,
-    parts,
-):
+def attend(query, kv, block_size, table, request, context, nodes, scale, place, out, part, parts):
     """See :func:`.cpu.tree_attention`.
 
     Args:
@@ -323,9 +307,7 @@ def attend(
                 _copy(query[first + r // group, h * group + r % group], q[r])
                 for d in range(size):
                     q[r, d] *= scale
-            _attend_head(
-                q, kv, block_size, starts, sees, base, length, score, powers, o
-            )
+            _attend_head(q, kv, block_size, starts, sees, base, length, score, powers, o)
             for r in range(rows):
                 at = place[first + r // group]
                 _copy(o[r], out[at, h * group + r % group])

@@ -117,11 +117,7 @@ class TreeImpl:
         return self.device_kernel
 
     def _computes(
-        self,
-        plan: Any,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        output: torch.Tensor,
+        self, plan: Any, query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor
     ) -> bool:
         """Whether the compiled kernel may do all rows of a step, so that they are
         not done twice. The parent's divides long contexts among threads, too."""
@@ -131,9 +127,7 @@ class TreeImpl:
             and plan.requests * kv_cache.shape[1] >= cpu.threads()
         )
 
-    def _compiled(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor
-    ) -> bool:
+    def _compiled(self, query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor) -> bool:
         """Whether the compiled kernel for CPUs reads this layer's cache."""
         return (
             cpu.reads(self.read_blocks, kv_cache)
@@ -158,9 +152,7 @@ class TreeImpl:
             return
         assert read is not None, "a plan was made for a layer without a reader"
         index = torch.from_numpy(rows.query).to(query.device)
-        attended = reference.tree_attention(
-            query[index], kv_cache, block_table, rows, scale, read
-        )
+        attended = reference.tree_attention(query[index], kv_cache, block_table, rows, scale, read)
         output[index] = attended.to(output.dtype)
 
 
@@ -188,9 +180,7 @@ class TreeBuilder:
     _cudagraph_support = AttentionCGSupport.NEVER
 
     @classmethod
-    def get_cudagraph_support(
-        cls, vllm_config: Any, kv_cache_spec: Any
-    ) -> AttentionCGSupport:
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
         parent = super().get_cudagraph_support(  # type: ignore[misc]
             vllm_config, kv_cache_spec
         )

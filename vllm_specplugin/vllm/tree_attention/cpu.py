@@ -21,19 +21,9 @@ import numpy.typing as npt
 import torch
 
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows
-from vllm_specplugin.vllm.tree_attention.reference import (
-    BlockReader,
-    read_transposed_blocks,
-)
+from vllm_specplugin.vllm.tree_attention.reference import BlockReader, read_transposed_blocks
 
-__all__ = [
-    "HEAD_SIZES",
-    "SUPPORTED_DTYPES",
-    "compile_for",
-    "reads",
-    "threads",
-    "tree_attention",
-]
+__all__ = ["HEAD_SIZES", "SUPPORTED_DTYPES", "compile_for", "reads", "threads", "tree_attention"]
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
 HEAD_SIZES = 8

@@ -83,9 +83,7 @@ def walk(
     """
     n = tokens.shape[1]
     matches = (chosen.gather(1, parents + 1) == tokens) & (tokens >= 0)
-    same = (tokens[:, :, None] == tokens[:, None, :]) & (
-        parents[:, :, None] == parents[:, None, :]
-    )
+    same = (tokens[:, :, None] == tokens[:, None, :]) & (parents[:, :, None] == parents[:, None, :])
     nodes = torch.arange(n, device=tokens.device)
     matches &= ~(same & (nodes < nodes[:, None])).any(-1)
     missing = ancestors & ~pack(matches)[:, None, :]
@@ -118,9 +116,7 @@ class DeviceTrees:
         self.depths = buffer(max_nodes)
         self.requests = 0
 
-    def lay_out(
-        self, tokens: torch.Tensor, parents: torch.Tensor, num_nodes: torch.Tensor
-    ) -> None:
+    def lay_out(self, tokens: torch.Tensor, parents: torch.Tensor, num_nodes: torch.Tensor) -> None:
         """Fills the buffers for a step.
 
         Args:

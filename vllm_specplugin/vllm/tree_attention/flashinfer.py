@@ -183,9 +183,7 @@ class FlashInferTrees:
             wrapper = before.wrapper
         device, requests = block_table.device, len(where[0])
         known = torch.cat([one.to(torch.int32) for one in where]).cpu().numpy()
-        lengths, starts, nodes = np.split(
-            known.astype(np.int64), [requests, 2 * requests + 1]
-        )
+        lengths, starts, nodes = np.split(known.astype(np.int64), [requests, 2 * requests + 1])
         counts = np.where(lengths > 0, np.diff(starts) if kind.all_rows else nodes, 0)
         live = np.flatnonzero(counts)
         if not len(live):
@@ -195,9 +193,7 @@ class FlashInferTrees:
         lengths, counts, nodes = lengths[live], counts[live], nodes[live]
         pages = -(-lengths // kind.block_size)
         owner, page = np.repeat(live, pages), _within(pages)
-        indices = block_table[
-            torch.from_numpy(owner).to(device), torch.from_numpy(page).to(device)
-        ]
+        indices = block_table[torch.from_numpy(owner).to(device), torch.from_numpy(page).to(device)]
         last = lengths - (pages - 1) * kind.block_size
         wrapper.plan(
             _offsets(counts),
@@ -216,17 +212,13 @@ class FlashInferTrees:
         rows = np.repeat(starts[live + 1] - counts, counts) + _within(counts)
         whole = np.array_equal(rows, np.arange(len(rows)))
         planned = _Planned(
-            step,
-            wrapper,
-            slice(0, len(rows)) if whole else torch.from_numpy(rows).to(device),
+            step, wrapper, slice(0, len(rows)) if whole else torch.from_numpy(rows).to(device)
         )
         self._planned[kind] = planned
         return planned
 
 
-def tree_mask(
-    counts: Ints, lengths: Ints, nodes: Ints, live: Ints, ancestors: Tensor
-) -> Tensor:
+def tree_mask(counts: Ints, lengths: Ints, nodes: Ints, live: Ints, ancestors: Tensor) -> Tensor:
     """What the last rows of each request see, one after the other.
 
     Everything in front of a request's rows is seen by all of them, so only the
@@ -247,9 +239,7 @@ def tree_mask(
     node = _within(counts) - front
     width = lengths[request]
     first = np.cumsum(width) - width
-    host = np.stack(
-        [live[request], node, front, counts[request], first + width - counts[request]]
-    )
+    host = np.stack([live[request], node, front, counts[request], first + width - counts[request]])
     owner, row, ahead, count, start = torch.from_numpy(host).to(ancestors.device)
     column = torch.arange(int(counts.max()), device=ancestors.device)
     other = column - ahead[:, None]

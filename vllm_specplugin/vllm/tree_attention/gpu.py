@@ -181,12 +181,7 @@ def attend(
 
 
 def attend_level(
-    impl: Any,
-    layer: Any,
-    query: Tensor,
-    kv_cache: Tensor,
-    metadata: DraftRows,
-    output: Tensor,
+    impl: Any, layer: Any, query: Tensor, kv_cache: Tensor, metadata: DraftRows, output: Tensor
 ) -> None:
     """Attention of one layer of a draft model: of one level of its trees."""
     from vllm_specplugin.vllm.tree_attention import gpu_kernel

@@ -260,9 +260,7 @@ def _attend(
     )
 
 
-def _combine(
-    arguments: tuple[Tensor, ...], most: int, all_rows: bool, launch: Launch
-) -> None:
+def _combine(arguments: tuple[Tensor, ...], most: int, all_rows: bool, launch: Launch) -> None:
     lengths, out = arguments[0], arguments[4]
     heads, head_size = out.shape[1:]
     _attend_triton.combine[(len(lengths) * most, heads)](

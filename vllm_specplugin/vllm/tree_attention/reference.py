@@ -18,12 +18,7 @@ import torch
 
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows
 
-__all__ = [
-    "BlockReader",
-    "read_split_blocks",
-    "read_transposed_blocks",
-    "tree_attention",
-]
+__all__ = ["BlockReader", "read_split_blocks", "read_transposed_blocks", "tree_attention"]
 
 BlockReader = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """``[n, kv_heads, block_size, 2 * head_size]`` gathered blocks to keys and
