@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api.roles import EngineInfo, ProposeContext, Proposer, RequestView
+from vllm_specplugin.api import EngineInfo, ProposeContext, Proposer, RequestView
 from vllm_specplugin.config import SpecConfig, build
 
 GAIN = 2

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_specplugin import DraftTree
-from vllm_specplugin.api.roles import EngineInfo, ProposeContext
+from vllm_specplugin.api import EngineInfo, ProposeContext
 from vllm_specplugin.config import option
 
 

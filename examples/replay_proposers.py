@@ -24,7 +24,7 @@ import torch
 from bench_policies import WORKLOADS, workload
 
 from vllm_specplugin import PROPOSERS
-from vllm_specplugin.api.roles import EngineInfo, ProposeContext, RequestView, TargetRows
+from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView, TargetRows
 from vllm_specplugin.config import parse_options
 from vllm_specplugin.demo.models import model_path
 from vllm_specplugin.heads.target import Target, load_target

@@ -26,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView
 from vllm_specplugin.api.device_proposer import DeviceProposer
-from vllm_specplugin.api.roles import EngineInfo, ProposeContext, RequestView
 from vllm_specplugin.config import option
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.heads.calibration import HeadCalibration

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vllm_specplugin.api.roles import EngineInfo, ProposeContext
+from vllm_specplugin.api import EngineInfo, ProposeContext
 from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
 __all__ = ["NoProposer"]

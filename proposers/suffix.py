@@ -18,7 +18,7 @@ no dependence on ids. Memory: 36 bytes per token of the live requests at their
 peak (each history rounded up to a power of two), 44 per token of the store.
 
 Text of a request goes to, and is drafted for, requests of the same
-:attr:`~vllm_specplugin.api.roles.RequestView.scope` only.
+:attr:`~vllm_specplugin.api.RequestView.scope` only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_specplugin.api.roles import EngineInfo, ProposeContext
+from vllm_specplugin.api import EngineInfo, ProposeContext
 from vllm_specplugin.config import option
 from vllm_specplugin.proposers._history.drafter import HistoryDrafter, make_rule
 from vllm_specplugin.trees.tree import DraftTree

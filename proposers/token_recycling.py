@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api.roles import EngineInfo, ProposeContext, RequestView
+from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView
 from vllm_specplugin.config import option
 from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 

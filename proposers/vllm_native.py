@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vllm_specplugin.api.roles import EngineInfo, ProposeContext, RequestView, Steer
+from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView, Steer
 from vllm_specplugin.config import option
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.proposers._model_tree.growth import couple

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_specplugin.api.roles import ScoreBatch, ScoreResult
+from vllm_specplugin.api import ScoreBatch, ScoreResult
 from vllm_specplugin.noise.gumbel import CHOOSE, FLIP, LAST, uniforms
 
 __all__ = ["Candidates"]

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vllm_specplugin.api.roles import ScoreBatch
+from vllm_specplugin.api import ScoreBatch
 from vllm_specplugin.config import option
 
 __all__ = ["GuardConfig", "Ledger", "Usage"]

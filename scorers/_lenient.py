@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_specplugin.api.roles import EngineInfo, ScoreBatch, ScoreResult
+from vllm_specplugin.api import EngineInfo, ScoreBatch, ScoreResult
 from vllm_specplugin.scorers._candidates import Candidates, Floats
 from vllm_specplugin.scorers._guards import GuardConfig, Ledger, Usage, totals
 

@@ -19,7 +19,7 @@ Source: Sun et al. 2403.10444 (ICLR 2025).
 
 from __future__ import annotations
 
-from vllm_specplugin.api.roles import EngineInfo, ScoreBatch, ScoreResult
+from vllm_specplugin.api import EngineInfo, ScoreBatch, ScoreResult
 from vllm_specplugin.scorers._candidates import Candidates
 from vllm_specplugin.scorers.traversal import leaves_first
 

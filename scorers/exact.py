@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_specplugin.api.roles import EngineInfo, ScoreBatch, ScoreResult
+from vllm_specplugin.api import EngineInfo, ScoreBatch, ScoreResult
 from vllm_specplugin.noise.gumbel import gumbel_rows
 
 __all__ = ["ExactScorer", "match_walk"]

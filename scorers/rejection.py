@@ -21,7 +21,7 @@ et al. 2502.18779 (hybrid).
 
 from __future__ import annotations
 
-from vllm_specplugin.api.roles import EngineInfo, ScoreBatch, ScoreResult
+from vllm_specplugin.api import EngineInfo, ScoreBatch, ScoreResult
 from vllm_specplugin.scorers._candidates import Candidates
 
 __all__ = ["RejectionScorer"]

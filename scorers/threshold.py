@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from vllm_specplugin.api.roles import ScoreBatch, ScoreResult
+from vllm_specplugin.api import ScoreBatch, ScoreResult
 from vllm_specplugin.config import option
 from vllm_specplugin.scorers._guards import GuardConfig, Usage
 from vllm_specplugin.scorers._lenient import LenientScorer, Walk

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vllm_specplugin.api.roles import EngineInfo, ScoreBatch, ScoreResult
+from vllm_specplugin.api import EngineInfo, ScoreBatch, ScoreResult
 from vllm_specplugin.scorers._candidates import Candidates, Floats
 
 __all__ = ["TraversalScorer", "leaves_first"]

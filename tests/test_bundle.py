@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vllm_specplugin import ConfigError
-from vllm_specplugin.api.roles import EngineInfo, StepOutcome
+from vllm_specplugin.api import EngineInfo, StepOutcome
 from vllm_specplugin.bundle import write_bundle
 from vllm_specplugin.cli import main
 from vllm_specplugin.config import SpecConfig

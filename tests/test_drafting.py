@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vllm_specplugin import EMPTY_TREE, DraftTree
-from vllm_specplugin.api.roles import EngineInfo, RequestView
+from vllm_specplugin.api import EngineInfo, RequestView
 from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.step.draft_request import DraftRequest
 from vllm_specplugin.step.drafting import Drafter

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from vllm_specplugin.api.roles import ScoreResult
+from vllm_specplugin.api import ScoreResult
 from vllm_specplugin.telemetry import prometheus
 from vllm_specplugin.telemetry.counters import SpecMetrics
 from vllm_specplugin.telemetry.prometheus import COUNTERS, PREFIX, MetricsFile

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vllm_specplugin import DraftTree
-from vllm_specplugin.api.roles import EngineInfo, RequestView, StepOutcome
+from vllm_specplugin.api import EngineInfo, RequestView, StepOutcome
 from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.errors import ConfigError
 from vllm_specplugin.step.draft_request import DraftRequest

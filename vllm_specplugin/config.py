@@ -274,7 +274,7 @@ def build(config: SpecConfig, role: str, engine: Any) -> Any:
     Args:
         config: the operator's configuration.
         role: ``"proposer"``, ``"scorer"`` or ``"policy"``.
-        engine: an :class:`~vllm_specplugin.api.roles.EngineInfo`.
+        engine: an :class:`~vllm_specplugin.api.EngineInfo`.
     """
     factory, options = resolve(config, role)
     return factory(options, engine)

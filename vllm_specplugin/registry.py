@@ -20,7 +20,7 @@ __all__ = ["POLICIES", "PROPOSERS", "SCORERS", "Registry"]
 Factory = Callable[..., Any]
 """A class with an optional nested ``Config`` dataclass, called as
 ``Factory(config, engine)`` with the parsed options and an
-:class:`~vllm_specplugin.api.roles.EngineInfo`."""
+:class:`~vllm_specplugin.api.EngineInfo`."""
 
 
 class Registry:

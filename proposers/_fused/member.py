@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api.roles import ProposeContext
+from vllm_specplugin.api import ProposeContext
 from vllm_specplugin.step.calibration import Calibration
 from vllm_specplugin.step.cost_model import call_time
 from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree

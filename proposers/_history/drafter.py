@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api.roles import EngineInfo, RequestView
+from vllm_specplugin.api import EngineInfo, RequestView
 from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from vllm_specplugin.api.roles import EngineInfo, ProposeContext
+from vllm_specplugin.api import EngineInfo, ProposeContext
 from vllm_specplugin.config import option
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.proposers._model_tree.growth import Shape, grow

@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_specplugin.api.roles import DraftModel, RequestView
+from vllm_specplugin.api import DraftModel, RequestView
 from vllm_specplugin.noise.gumbel import PHILOX, gumbel_rows
 from vllm_specplugin.proposers._model_tree.sampled import Laws, by_rank, draw
 from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_specplugin.api.roles import RequestView
+from vllm_specplugin.api import RequestView
 from vllm_specplugin.trees.draft_probs import NOT_GIVEN, DraftProbs
 
 __all__ = ["Laws", "by_rank", "draw"]

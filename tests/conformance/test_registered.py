@@ -11,7 +11,7 @@ import torch
 from tests.proposers.fake_heads import heads_folder
 from tests.proposers.fake_model import equipped
 from vllm_specplugin import POLICIES, PROPOSERS, SCORERS, DraftTree
-from vllm_specplugin.api.roles import (
+from vllm_specplugin.api import (
     BudgetContext,
     EngineInfo,
     LengthPolicy,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from vllm_specplugin import PROPOSERS
-from vllm_specplugin.api.roles import EngineInfo, ProposeContext, RequestView
+from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView
 from vllm_specplugin.cli import main
 from vllm_specplugin.errors import ConfigError
 from vllm_specplugin.fuzz.adversary import FAULTY, MODES, PATH, Adversary

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vllm_specplugin import DraftTree
-from vllm_specplugin.api.roles import BudgetContext, EngineInfo, StepOutcome, TrimContext
+from vllm_specplugin.api import BudgetContext, EngineInfo, StepOutcome, TrimContext
 from vllm_specplugin.trees.batch import Forest
 
 ENGINE = EngineInfo(vocab_size=99, max_model_len=999, max_num_seqs=64, max_nodes=32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vllm_specplugin import DraftTree
-from vllm_specplugin.api.roles import EngineInfo, RequestView, StepOutcome
+from vllm_specplugin.api import EngineInfo, RequestView, StepOutcome
 from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.policies.goodput import GoodputPolicy
 from vllm_specplugin.step.draft_request import DraftRequest

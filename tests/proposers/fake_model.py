@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tests.proposers.fake_heads import HIDDEN
-from vllm_specplugin.api.roles import ProposeContext, RequestView, TargetRows
+from vllm_specplugin.api import ProposeContext, RequestView, TargetRows
 
 
 class FakeDraftModel:

@@ -11,7 +11,7 @@ import pytest
 from tests.conformance.test_registered import view
 from tests.proposers.fake_heads import heads_folder
 from tests.proposers.fake_model import equipped
-from vllm_specplugin.api.roles import EngineInfo, ProposeContext
+from vllm_specplugin.api import EngineInfo, ProposeContext
 from vllm_specplugin.config import parse_options
 from vllm_specplugin.errors import ConfigError
 from vllm_specplugin.proposers._fused import merge_numba

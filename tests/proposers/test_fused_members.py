@@ -7,7 +7,7 @@ import pytest
 
 from tests.conformance.test_registered import view
 from tests.proposers.fake_model import equipped
-from vllm_specplugin.api.roles import EngineInfo, ProposeContext
+from vllm_specplugin.api import EngineInfo, ProposeContext
 from vllm_specplugin.config import parse_options
 from vllm_specplugin.proposers.fused import FusedProposer
 from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree

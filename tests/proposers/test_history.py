@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from vllm_specplugin.api.roles import EngineInfo, RequestView
+from vllm_specplugin.api import EngineInfo, RequestView
 from vllm_specplugin.noise.gumbel import gumbel
 from vllm_specplugin.proposers._history import index_numba as indexing
 from vllm_specplugin.proposers._history import votes_numba as votes

@@ -13,7 +13,7 @@ from tests.conformance.test_registered import ENGINE, view
 from tests.proposers.fake_heads import HIDDEN, VOCAB, heads_folder, random_heads
 from tests.proposers.fake_model import changed
 from vllm_specplugin import EMPTY_TREE, ConfigError
-from vllm_specplugin.api.roles import EngineInfo, ProposeContext, TargetRows
+from vllm_specplugin.api import EngineInfo, ProposeContext, TargetRows
 from vllm_specplugin.config import parse_options
 from vllm_specplugin.heads.calibration import HeadCalibration
 from vllm_specplugin.heads.medusa import save_heads

@@ -13,8 +13,8 @@ from tests.conformance.test_registered import ENGINE, view
 from tests.proposers.fake_heads import VOCAB, random_heads
 from tests.proposers.fake_model import changed
 from tests.proposers.test_medusa import draft, hidden, make, paths_of
+from vllm_specplugin.api import TargetRows
 from vllm_specplugin.api.device_proposer import DeviceContext, OffersDevice
-from vllm_specplugin.api.roles import TargetRows
 from vllm_specplugin.heads.calibration import HeadCalibration
 from vllm_specplugin.heads.medusa import save_heads
 from vllm_specplugin.noise.gumbel import MURMUR

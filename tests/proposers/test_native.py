@@ -8,7 +8,7 @@ import torch
 
 from tests.proposers.fake_model import FakeNative
 from tests.proposers.test_text_proposers import view
-from vllm_specplugin.api.roles import EngineInfo, ProposeContext
+from vllm_specplugin.api import EngineInfo, ProposeContext
 from vllm_specplugin.config import SpecConfig, build, resolve
 from vllm_specplugin.errors import ConfigError
 from vllm_specplugin.noise.gumbel import gumbel

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_specplugin.api import EngineInfo
 from vllm_specplugin.api.device_proposer import DeviceContext, OffersDevice
-from vllm_specplugin.api.roles import EngineInfo
 from vllm_specplugin.noise.gumbel import MURMUR, gumbel
 from vllm_specplugin.proposers._recycling.device import REFRESH, best_shape, chain_shape
 from vllm_specplugin.proposers.token_recycling import TokenRecyclingProposer

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vllm_specplugin import PROPOSERS
-from vllm_specplugin.api.roles import EngineInfo, ProposeContext, RequestView
+from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView
 from vllm_specplugin.config import parse_options
 from vllm_specplugin.proposers import token_recycling
 from vllm_specplugin.proposers._history import index_numba as indexing

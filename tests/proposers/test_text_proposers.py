@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from vllm_specplugin.api.roles import EngineInfo, ProposeContext, RequestView
+from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView
 from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.errors import ConfigError
 from vllm_specplugin.noise.gumbel import gumbel

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.conformance.test_registered import view
-from vllm_specplugin.api.roles import EngineInfo, ProposeContext
+from vllm_specplugin.api import EngineInfo, ProposeContext
 from vllm_specplugin.config import parse_options
 from vllm_specplugin.noise.gumbel import gumbel
 from vllm_specplugin.proposers.token_recycling import TokenRecyclingProposer

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from vllm_specplugin.api.roles import EngineInfo, ScoreBatch
+from vllm_specplugin.api import EngineInfo, ScoreBatch
 from vllm_specplugin.noise.gumbel import CHOOSE, FLIP, LAST, uniforms
 from vllm_specplugin.scorers.reference import Uniforms, Verification
 from vllm_specplugin.trees.draft_probs import DraftProbs, batch_probs

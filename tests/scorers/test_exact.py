@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_specplugin.api.roles import EngineInfo, ScoreBatch
+from vllm_specplugin.api import EngineInfo, ScoreBatch
 from vllm_specplugin.noise.gumbel import gumbel
 from vllm_specplugin.scorers.exact import ExactScorer, match_walk
 from vllm_specplugin.trees.step_layout import StepLayout

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_specplugin.api.roles import EngineInfo
+from vllm_specplugin.api import EngineInfo
 from vllm_specplugin.scorers._guards import GuardConfig, Ledger, Usage
 from vllm_specplugin.scorers.exact import ExactScorer
 from vllm_specplugin.trees.tree import DraftTree

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from vllm_specplugin import SCORERS
-from vllm_specplugin.api.roles import EngineInfo, ScoreBatch
+from vllm_specplugin.api import EngineInfo, ScoreBatch
 from vllm_specplugin.noise.gumbel import FLIP, uniforms
 from vllm_specplugin.scorers._candidates import Candidates
 from vllm_specplugin.trees.draft_probs import DraftProbs

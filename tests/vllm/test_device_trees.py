@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_specplugin.api.roles import ScoreBatch
+from vllm_specplugin.api import ScoreBatch
 from vllm_specplugin.scorers.exact import match_walk
 from vllm_specplugin.trees.step_layout import StepLayout
 from vllm_specplugin.trees.tree import DraftTree

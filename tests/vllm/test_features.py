@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vllm_specplugin import DraftTree
-from vllm_specplugin.api.roles import ScoreResult
+from vllm_specplugin.api import ScoreResult
 from vllm_specplugin.trees.step_layout import StepLayout
 from vllm_specplugin.vllm.runner.target_rows import likeliest, show_rows
 

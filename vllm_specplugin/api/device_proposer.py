@@ -53,7 +53,7 @@ class DeviceProposer(Protocol):
     """
 
     needs_top: int
-    """As in :class:`~vllm_specplugin.api.roles.RowObserver`."""
+    """As in :class:`~vllm_specplugin.api.RowObserver`."""
 
     def propose(self, ctx: DeviceContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Called once per step, for all its requests.
@@ -66,7 +66,7 @@ class DeviceProposer(Protocol):
         ...
 
     def observe_rows(self, tokens: torch.Tensor, top: torch.Tensor, emitted: torch.Tensor) -> None:
-        """As in :class:`~vllm_specplugin.api.roles.RowObserver`, with tensors."""
+        """As in :class:`~vllm_specplugin.api.RowObserver`, with tensors."""
         ...
 
 

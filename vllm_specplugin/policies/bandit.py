@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api.roles import BudgetContext, EngineInfo, StepOutcome, TrimContext
+from vllm_specplugin.api import BudgetContext, EngineInfo, StepOutcome, TrimContext
 from vllm_specplugin.config import option
 from vllm_specplugin.policies._selection import likeliest_per_tree
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api.roles import BudgetContext, EngineInfo, StepOutcome, TrimContext
+from vllm_specplugin.api import BudgetContext, EngineInfo, StepOutcome, TrimContext
 from vllm_specplugin.errors import ConfigError, complain
 
 __all__ = ["BatchSizePolicy"]

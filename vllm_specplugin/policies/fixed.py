@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api.roles import BudgetContext, EngineInfo, StepOutcome, TrimContext
+from vllm_specplugin.api import BudgetContext, EngineInfo, StepOutcome, TrimContext
 from vllm_specplugin.config import option
 from vllm_specplugin.policies._selection import likeliest
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api.roles import BudgetContext, EngineInfo, StepOutcome, TrimContext
+from vllm_specplugin.api import BudgetContext, EngineInfo, StepOutcome, TrimContext
 from vllm_specplugin.config import option
 from vllm_specplugin.policies._backoff import Backoff
 from vllm_specplugin.policies._selection import best_nodes, causal_nodes, likeliest_per_tree

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_specplugin.api.roles import RequestView
+from vllm_specplugin.api import RequestView
 
 __all__ = ["DraftRequest"]
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api.roles import (
+from vllm_specplugin.api import (
     BudgetContext,
     EngineInfo,
     LengthPolicy,
@@ -142,7 +142,7 @@ class Drafter:
         return self.enabled and bool(getattr(self._proposer, "needs_hidden", False))
 
     def observe_rows(self, *rows: npt.NDArray[np.int32], scope: str = "") -> None:
-        """See :class:`~vllm_specplugin.api.roles.RowObserver`."""
+        """See :class:`~vllm_specplugin.api.RowObserver`."""
         named = {"scope": scope} if scope else {}
         if named and not getattr(self._proposer, "knows_scopes", False):
             return

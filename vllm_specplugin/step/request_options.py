@@ -48,7 +48,7 @@ class RequestOptions:
     min_nodes: int = 0
     """Nodes to draft, where there are as many, whatever a policy thinks."""
     scope: str | None = ""
-    """See :attr:`~vllm_specplugin.api.roles.RequestView.scope`."""
+    """See :attr:`~vllm_specplugin.api.RequestView.scope`."""
 
 
 class RequestParser:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api.roles import EngineInfo, ScoreBatch, Scorer, ScoreResult
+from vllm_specplugin.api import EngineInfo, ScoreBatch, Scorer, ScoreResult
 from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.errors import ConfigError
 from vllm_specplugin.step.request_options import RequestOptions, RequestParser

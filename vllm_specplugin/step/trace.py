@@ -43,7 +43,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api.roles import EngineInfo, StepOutcome
+from vllm_specplugin.api import EngineInfo, StepOutcome
 from vllm_specplugin.errors import ConfigError, SpecPluginError, complain
 from vllm_specplugin.trees.batch import Drafted
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from vllm_specplugin.trees.tree import MAX_NODES
 
 if TYPE_CHECKING:
-    from vllm_specplugin.api.roles import ScoreResult
+    from vllm_specplugin.api import ScoreResult
 
 __all__ = ["SpecMetrics"]
 

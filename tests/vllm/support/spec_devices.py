@@ -11,8 +11,8 @@ import torch
 from spec_proposers import REAL
 
 from vllm_specplugin import EMPTY_TREE, DraftTree
+from vllm_specplugin.api import EngineInfo, ProposeContext
 from vllm_specplugin.api.device_proposer import DeviceContext, DeviceProposer
-from vllm_specplugin.api.roles import EngineInfo, ProposeContext
 from vllm_specplugin.proposers.medusa import MedusaProposer
 from vllm_specplugin.proposers.token_recycling import TokenRecyclingProposer
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vllm_specplugin import EMPTY_TREE, DraftTree
-from vllm_specplugin.api.roles import EngineInfo, ProposeContext
+from vllm_specplugin.api import EngineInfo, ProposeContext
 from vllm_specplugin.proposers.draft_model import DraftModelProposer
 
 SEEN: dict[str, float] = {"rows": 0, "nodes": 0, "worst": 0.0}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vllm_specplugin import DraftTree
-from vllm_specplugin.api.roles import ProposeContext
+from vllm_specplugin.api import ProposeContext
 from vllm_specplugin.noise.gumbel import gumbel
 from vllm_specplugin.proposers.medusa import MedusaProposer
 

@@ -11,7 +11,7 @@ import numpy as np
 from spec_heads import CheckedMedusa
 
 from vllm_specplugin import EMPTY_TREE, PROPOSERS, DraftTree
-from vllm_specplugin.api.roles import EngineInfo, ProposeContext, RequestView
+from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView
 from vllm_specplugin.config import parse_options
 from vllm_specplugin.trees.draft_probs import DraftProbs
 

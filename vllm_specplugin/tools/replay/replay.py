@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api.roles import EngineInfo, ProposeContext, RequestView, StepOutcome
+from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView, StepOutcome
 from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.errors import complain
 from vllm_specplugin.step.cost_model import StepShape, StepTimeModel

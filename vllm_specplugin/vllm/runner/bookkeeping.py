@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api.roles import RequestView, ScoreBatch, ScoreResult, StepOutcome
+from vllm_specplugin.api import RequestView, ScoreBatch, ScoreResult, StepOutcome
 from vllm_specplugin.step.draft_request import DraftRequest
 
 if TYPE_CHECKING:

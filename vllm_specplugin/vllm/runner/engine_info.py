@@ -9,7 +9,7 @@ import platform
 from typing import Any
 
 from vllm_specplugin import __version__
-from vllm_specplugin.api.roles import EngineInfo
+from vllm_specplugin.api import EngineInfo
 from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.noise.gumbel import PHILOX
 from vllm_specplugin.vllm.compat.seams import installed_version

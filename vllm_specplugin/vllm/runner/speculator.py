@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
-from vllm_specplugin.api.roles import Steer
+from vllm_specplugin.api import Steer
 
 __all__ = ["NativeDraftsV2", "TreeSpeculator"]
 
@@ -92,7 +92,7 @@ class TreeSpeculator:
 
 class NativeDraftsV2:
     """What vLLM's drafter made in this step; see
-    :class:`~vllm_specplugin.api.roles.NativeDrafts`.
+    :class:`~vllm_specplugin.api.NativeDrafts`.
 
     Args:
         speculator: the drafter.

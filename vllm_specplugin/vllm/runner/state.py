@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vllm_specplugin.api.roles import ProposeContext, RequestView
+from vllm_specplugin.api import ProposeContext, RequestView
 from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.errors import complain
 from vllm_specplugin.scorers.exact import ExactScorer

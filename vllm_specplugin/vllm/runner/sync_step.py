@@ -15,7 +15,7 @@ import torch
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_specplugin.api.roles import ScoreBatch, ScoreResult
+from vllm_specplugin.api import ScoreBatch, ScoreResult
 from vllm_specplugin.step.draft_request import DraftRequest
 from vllm_specplugin.trees.draft_probs import DraftProbs, batch_probs
 from vllm_specplugin.trees.step_layout import StepLayout, scheduled_tree

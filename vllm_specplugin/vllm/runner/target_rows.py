@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_specplugin.api.roles import ScoreResult, TargetRows
+from vllm_specplugin.api import ScoreResult, TargetRows
 from vllm_specplugin.errors import UnsupportedError, complain
 from vllm_specplugin.trees.step_layout import StepLayout
 

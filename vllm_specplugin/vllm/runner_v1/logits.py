@@ -19,7 +19,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_specplugin.api.roles import ScoreResult
+from vllm_specplugin.api import ScoreResult
 from vllm_specplugin.trees.step_layout import StepLayout
 
 __all__ = ["ProcessedLogits", "gather_logprobs", "process_logits", "spread_metadata"]

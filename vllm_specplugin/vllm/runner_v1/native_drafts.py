@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vllm_specplugin.api.roles import Steer
+from vllm_specplugin.api import Steer
 
 __all__ = ["NativeCall"]
 
@@ -87,7 +87,7 @@ class NativeCall:
 
 
 class _Drafts:
-    """See :class:`~vllm_specplugin.api.roles.NativeDrafts`."""
+    """See :class:`~vllm_specplugin.api.NativeDrafts`."""
 
     def __init__(self, call: NativeCall, indices: list[int]) -> None:
         self._call = call

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vllm_specplugin.api.roles import ScoreResult
+from vllm_specplugin.api import ScoreResult
 from vllm_specplugin.trees.step_layout import StepLayout
 from vllm_specplugin.vllm.runner_v1.paged_model import (
     WORD,

@@ -25,7 +25,7 @@ from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_specplugin.api.roles import ScoreResult
+from vllm_specplugin.api import ScoreResult
 from vllm_specplugin.trees.step_layout import StepLayout
 from vllm_specplugin.vllm.kv_cache.layout_probe import prepare_layers
 from vllm_specplugin.vllm.tree_attention.plan import DraftRows, TreeRows
@@ -300,7 +300,7 @@ class PagedDraftModel:
 
 
 class DraftSession:
-    """One drafting; see :class:`~vllm_specplugin.api.roles.DraftModel`."""
+    """One drafting; see :class:`~vllm_specplugin.api.DraftModel`."""
 
     def __init__(self, model: PagedDraftModel, indices: Ints, ends: Ints) -> None:
         self._model = model

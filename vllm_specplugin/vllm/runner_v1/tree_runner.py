@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from vllm.v1.outputs import SamplerOutput
 
-from vllm_specplugin.api.roles import ScoreBatch
+from vllm_specplugin.api import ScoreBatch
 from vllm_specplugin.noise.gumbel import request_seed
 from vllm_specplugin.step.draft_request import DraftRequest
 from vllm_specplugin.trees.draft_probs import DraftProbs, batch_probs
