@@ -12,8 +12,6 @@ from typing import Any
 from vllm_specplugin import __version__
 from vllm_specplugin.config import ROLES
 from vllm_specplugin.errors import ConfigError, SpecPluginError, complain
-from vllm_specplugin.fuzz.cli import add_command as add_fuzz_command
-from vllm_specplugin.heads.cli import add_commands as add_heads_commands
 from vllm_specplugin.tools.ab.cli import add_commands
 
 __all__ = ["main"]
@@ -61,18 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=_doctor)
 
-    demo = commands.add_parser(
-        "demo", help="measure speed and compare text on a small embedded model"
-    )
-    demo.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
-    demo.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default: 3)")
-    demo.add_argument("--max-tokens", type=int, default=48, help="tokens per request (default: 48)")
-    demo.set_defaults(run=_demo)
     _add_replay(commands)
     _add_tune(commands)
     _add_calibration(commands)
-    add_heads_commands(commands)
-    add_fuzz_command(commands)
     add_commands(commands)
     return parser
 
@@ -162,12 +151,6 @@ def _doctor(args: argparse.Namespace) -> int:
     elif args.log or args.trace or args.url:
         raise ConfigError(complain("--log, --trace or --url", "--bundle FILE beside it", "add it"))
     return 1 if bad else 0
-
-
-def _demo(args: argparse.Namespace) -> int:
-    from vllm_specplugin.demo.run import demo
-
-    return demo(rounds=args.rounds, max_tokens=args.max_tokens, json_path=args.json)
 
 
 def _replay(args: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """Compares drafting with a model: vLLM alone, its own draft_model, and trees.
 
-    python examples/bench_draft_model.py --batch 1 8 --rounds 3 --json FILE
+    python -m examples.benchmarks.draft_model --batch 1 8 --rounds 3 --json FILE
 
 Three engines run in turn on the same prompts, compiled as vLLM does by default:
 vLLM without speculation, vLLM's draft_model (its defect at temperature > 0 on a
@@ -18,12 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_policies import ENGINE, PLAIN, generate
 from tqdm import tqdm
 
-from vllm_specplugin.demo.inflate import inflated_model
-from vllm_specplugin.demo.models import model_path
-from vllm_specplugin.demo.workloads import WORKLOADS, workload
+from examples.benchmarks.policies import ENGINE, PLAIN, generate
+from examples.demo.inflate import inflated_model
+from examples.demo.models import model_path
+from examples.demo.workloads import WORKLOADS, workload
 from vllm_specplugin.tools.engine_client import EngineProcess
 from vllm_specplugin.tools.provenance import provenance
 

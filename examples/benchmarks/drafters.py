@@ -1,7 +1,7 @@
 """Compares the built-in proposers: tokens per second, tokens per step, estimates.
 
-    python examples/bench_drafters.py speed --batch 1 4 16 --rounds 3 --json FILE
-    python examples/bench_drafters.py acceptance --batch 1 4 16 --traces FOLDER
+    python -m examples.benchmarks.drafters speed --batch 1 4 16 --rounds 3 --json FILE
+    python -m examples.benchmarks.drafters acceptance --batch 1 4 16 --traces FOLDER
 
 ``speed`` runs vLLM without speculation, vLLM's own drafters (mended where they are
 broken on a CPU at temperature > 0) and the plugin with each proposer in turn, on the
@@ -17,15 +17,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench_draft_model import arguments, finish, measure, plain
-from bench_policies import ENGINE, PLAIN, generate
 from tqdm import tqdm
 
-from vllm_specplugin.demo.inflate import inflated_model
-from vllm_specplugin.demo.inflate_eagle import inflated_eagle
-from vllm_specplugin.demo.inflate_heads import inflated_heads
-from vllm_specplugin.demo.models import model_path
-from vllm_specplugin.demo.workloads import workload
+from examples.benchmarks.draft_model import arguments, finish, measure, plain
+from examples.benchmarks.policies import ENGINE, PLAIN, generate
+from examples.demo.inflate import inflated_model
+from examples.demo.inflate_eagle import inflated_eagle
+from examples.demo.inflate_heads import inflated_heads
+from examples.demo.models import model_path
+from examples.demo.workloads import workload
 from vllm_specplugin.tools.engine_client import EngineProcess
 from vllm_specplugin.tools.provenance import provenance
 

@@ -1,6 +1,6 @@
 """Compares length policies with vLLM without speculation, interleaved.
 
-    python examples/bench_policies.py --batch 1 16 --rounds 5 --json FILE
+    python -m examples.benchmarks.policies --batch 1 16 --rounds 5 --json FILE
 
 Two engines run in turn on the same prompts: vLLM as it is, and vLLM with the
 plugin, whose policy is changed between runs. Requests come in a closed loop: a
@@ -20,9 +20,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vllm_specplugin.demo.inflate import inflated_model
-from vllm_specplugin.demo.models import model_path
-from vllm_specplugin.demo.workloads import WORKLOADS, Workload, workload
+from examples.demo.inflate import inflated_model
+from examples.demo.models import model_path
+from examples.demo.workloads import WORKLOADS, Workload, workload
 from vllm_specplugin.tools.engine_client import EngineProcess
 from vllm_specplugin.tools.provenance import provenance
 

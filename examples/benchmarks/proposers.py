@@ -1,6 +1,6 @@
 """Times the proposers that draft from text: milliseconds per batch.
 
-    python examples/bench_proposers.py --batch 32 --history 4096
+    python -m examples.benchmarks.proposers --batch 32 --history 4096
 
 Every request gains two tokens between calls. Texts are random with repeats:
 runs copied from earlier in the text, between tokens of Zipf frequencies. The

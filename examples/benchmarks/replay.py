@@ -1,6 +1,6 @@
 """Tokens per step of proposers on texts of the target, without an engine.
 
-    python examples/replay_proposers.py --batch 1 4 16 --try 'suffix' \
+    python -m examples.benchmarks.replay --batch 1 4 16 --try 'suffix' \
         --try 'token_recycling:{"k": 4}' --try 'fused'
 
 The target answers held-out prompts once. Then every proposer drafts along these
@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_policies import WORKLOADS, workload
 
+from examples.benchmarks.policies import WORKLOADS, workload
+from examples.demo.models import model_path
+from examples.train_heads.target import Target, load_target
 from vllm_specplugin import PROPOSERS
 from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView, TargetRows
 from vllm_specplugin.config import parse_options
-from vllm_specplugin.demo.models import model_path
-from vllm_specplugin.heads.target import Target, load_target
 from vllm_specplugin.noise.gumbel import gumbel_rows
 
 TOP = 16

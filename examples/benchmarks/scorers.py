@@ -1,7 +1,7 @@
 """Compares acceptance rules over the same draft model.
 
-    python examples/compare_scorers.py acceptance --json FILE
-    python examples/compare_scorers.py quality --json FILE
+    python -m examples.benchmarks.scorers acceptance --json FILE
+    python -m examples.benchmarks.scorers quality --json FILE
 
 ``acceptance``: tokens per request and step of the lossless rules, with chains of
 five drafts and with two siblings beside each of them, chosen with the request's
@@ -27,12 +27,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_policies import ENGINE, generate
 from tqdm import tqdm
 
-from vllm_specplugin.demo.inflate import inflated_model
-from vllm_specplugin.demo.models import model_path
-from vllm_specplugin.demo.workloads import Workload, workload
+from examples.benchmarks.policies import ENGINE, generate
+from examples.demo.inflate import inflated_model
+from examples.demo.models import model_path
+from examples.demo.workloads import Workload, workload
 from vllm_specplugin.tools.engine_client import EngineProcess
 from vllm_specplugin.tools.provenance import provenance
 

@@ -20,7 +20,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_specplugin.demo.inflate import basis, made_once
+from examples.demo.inflate import basis, made_once
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ def inflate_eagle(
     import torch
     from safetensors.torch import load_file
 
-    from vllm_specplugin.heads.eagle import EagleHead, EagleShape, load_eagle, save_eagle
+    from examples.train_heads.eagle import EagleHead, EagleShape, load_eagle, save_eagle
 
     small = load_eagle(head)
     h, size = small.shape.hidden_size, small.shape.head_dim

@@ -20,7 +20,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_specplugin.demo.inflate import basis, made_once
+from examples.demo.inflate import basis, made_once
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,4 +1,4 @@
-"""``specplugin demo``: is it faster here, and is the text the same?
+"""``python -m examples.demo``: is it faster here, and is the text the same?
 
 The A/B harness (``vllm_specplugin.tools.ab``) on the embedded model, inflated so that a
 step costs what one of a real model's size costs, and on code that the model was not
@@ -7,14 +7,16 @@ trained on.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_specplugin.demo.inflate import inflated_model
-from vllm_specplugin.demo.models import model_path
+from examples.demo.inflate import inflated_model
+from examples.demo.models import model_path
+from vllm_specplugin.errors import SpecPluginError
 from vllm_specplugin.tools.ab.measure import Plan, measure
 from vllm_specplugin.tools.ab.phrases import interval_words, same_text
 from vllm_specplugin.tools.ab.prompts import load_prompts
@@ -22,7 +24,7 @@ from vllm_specplugin.tools.ab.records import Cell, Record
 from vllm_specplugin.tools.ab.report import build_report
 from vllm_specplugin.tools.ab.variants import parse_variants
 
-__all__ = ["VARIANTS", "demo", "table"]
+__all__ = ["VARIANTS", "demo", "main", "table"]
 
 VARIANTS = (
     "vllm=baseline",
@@ -42,6 +44,28 @@ _ENGINE = {
     "block_size": _BLOCK,
     "kv_cache_memory_bytes": 1 << 30,
 }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.demo",
+        description="Measure speed and compare text on a small embedded model.",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default: 3)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=48, help="tokens per request (default: 48)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        return demo(rounds=args.rounds, max_tokens=args.max_tokens, json_path=args.json)
+    except SpecPluginError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("demo: interrupted", file=sys.stderr)
+        return 130
 
 
 def demo(*, rounds: int, max_tokens: int, json_path: Path | None) -> int:
@@ -106,5 +130,5 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
     if repaired:
         yield (
             "*: measured with a vLLM 0.32 defect mended (its methods sample from "
-            "uninitialised\ntemperatures on CPU at T>0; see vllm/repair.py)."
+            "uninitialised\ntemperatures on CPU at T>0; see vllm/compat/cpu_sampling_fix.py)."
         )

@@ -1,26 +1,40 @@
-"""The commands ``specplugin train-heads`` and ``specplugin calibrate-heads``."""
+"""The commands ``train`` and ``calibrate`` of ``python -m examples.train_heads``."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_specplugin.errors import ConfigError, complain
+from vllm_specplugin.errors import ConfigError, SpecPluginError, complain
 
-__all__ = ["add_commands"]
+__all__ = ["expected_tokens", "main"]
 
 
-def add_commands(commands: Any) -> None:
-    """Adds both to the subparsers of ``specplugin``."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.train_heads", description="Medusa heads for your own model."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_calibrate(commands)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except SpecPluginError as error:
+        print(f"train_heads: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("train_heads: interrupted", file=sys.stderr)
+        return 130
 
 
 def _add_train(commands: Any) -> None:
-    train = commands.add_parser("train-heads", help="train Medusa heads for a model on your text")
+    train = commands.add_parser("train", help="train heads on your text")
     train.add_argument("--model", required=True, help="hub id or path of the target")
     train.add_argument(
         "--data",
@@ -62,7 +76,7 @@ def _add_train(commands: Any) -> None:
 
 
 def _add_calibrate(commands: Any) -> None:
-    measure = commands.add_parser("calibrate-heads", help="measure Medusa heads on your prompts")
+    measure = commands.add_parser("calibrate", help="measure heads on your prompts")
     measure.add_argument("--model", required=True, help="hub id or path of the target")
     measure.add_argument("--heads", required=True, help="folder, file or hub id")
     measure.add_argument(
@@ -81,8 +95,8 @@ def _add_calibrate(commands: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from vllm_specplugin.heads.target import load_target, read_tokens
-    from vllm_specplugin.heads.train import TrainSettings, train_heads
+    from examples.train_heads.target import load_target, read_tokens
+    from examples.train_heads.train import TrainSettings, train_heads
 
     names = [field.name for field in dataclasses.fields(TrainSettings)]
     settings = TrainSettings.checked({name: getattr(args, name) for name in names})
@@ -108,16 +122,16 @@ def _train(args: argparse.Namespace) -> int:
         print("{:>4} {:>12.3f} {:>6.3f} {:>8.3f}".format(k, *cells))
     print(
         f"heads written to {args.out}. Measure them on your prompts:\n"
-        f"    specplugin calibrate-heads --model {args.model} --heads {args.out} "
+        f"    python -m examples.train_heads calibrate --model {args.model} --heads {args.out} "
         "--prompts FILE"
     )
     return 0
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    from vllm_specplugin.heads.calibration import calibrate_heads
+    from examples.train_heads.calibration import calibrate_heads
+    from examples.train_heads.target import load_target
     from vllm_specplugin.heads.medusa import CALIBRATION, find_heads, load_heads
-    from vllm_specplugin.heads.target import load_target
     from vllm_specplugin.tools.prompt_files import read_prompts
 
     texts = read_prompts(args.prompts)
@@ -170,3 +184,7 @@ def _tokenize(model: str, texts: Sequence[str], most: int) -> list[list[int]]:
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     return [ids[-most:] for t in texts if (ids := tokenizer(t)["input_ids"])]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

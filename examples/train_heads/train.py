@@ -25,10 +25,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from examples.train_heads.target import Target
 from vllm_specplugin.config import option, parse_options
 from vllm_specplugin.errors import ConfigError, SpecPluginError, complain
 from vllm_specplugin.heads.medusa import HeadShape, MedusaHeads, save_heads
-from vllm_specplugin.heads.target import Target
 
 __all__ = ["TrainSettings", "evaluate", "new_heads", "train_heads"]
 

@@ -15,18 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tests.fuzz.adversary_device import OnDevice
+from tests.fuzz.random_trees import random_parents
 from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView
 from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
-__all__ = [
-    "DEVICE_PATH",
-    "FAULTY",
-    "MODES",
-    "PATH",
-    "Adversary",
-    "DeviceAdversary",
-    "random_parents",
-]
+__all__ = ["DEVICE_PATH", "FAULTY", "MODES", "PATH", "Adversary", "DeviceAdversary"]
 
 PATH = f"{__name__}:Adversary"
 DEVICE_PATH = f"{__name__}:DeviceAdversary"
@@ -149,8 +143,6 @@ class DeviceAdversary(Adversary):
 
     def on_device(self, nodes: int, device: Any) -> Any:
         """Its half for asynchronous scheduling; see :mod:`.adversary_device`."""
-        from vllm_specplugin.fuzz.adversary_device import OnDevice
-
         return OnDevice(self._vocab, nodes, device)
 
 
@@ -162,17 +154,6 @@ _RAISED: tuple[Exception, ...] = (
     AssertionError(),
     RecursionError(),
 )
-
-
-def random_parents(rng: Rng, n: int) -> Ints:
-    """A random recursive tree of ``n`` nodes, now and then one that leans to be
-    deep, or flat."""
-    lean = rng.integers(3)
-    if lean == 0:
-        return np.array([rng.integers(-1, i) for i in range(n)], dtype=np.int64)
-    if lean == 1:
-        return np.array([rng.integers(max(-1, i - 3), i) for i in range(n)])
-    return np.array([rng.integers(-1, min(i, 2)) for i in range(n)], dtype=np.int64)
 
 
 def _hide(mode: str, tokens: Ints, parents: Ints, future: list[int], rng: Rng) -> None:

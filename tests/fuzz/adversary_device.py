@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_specplugin.fuzz.adversary import random_parents
+from tests.fuzz.random_trees import random_parents
 from vllm_specplugin.trees.tree import DraftTree
 
 if TYPE_CHECKING:

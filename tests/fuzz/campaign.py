@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_specplugin.fuzz.coverage import Coverage
-from vllm_specplugin.fuzz.generate import make_frame, make_workload
-from vllm_specplugin.fuzz.session import Session, Start, start_engine
-from vllm_specplugin.fuzz.shrink import shrink
-from vllm_specplugin.fuzz.workload import Case, Frame, Workload
+from tests.fuzz.coverage import Coverage
+from tests.fuzz.generate import make_frame, make_workload
+from tests.fuzz.session import Session, Start, start_engine
+from tests.fuzz.shrink import shrink
+from tests.fuzz.workload import Case, Frame, Workload
 
 __all__ = ["Failure", "Plan", "campaign", "replay_case"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_specplugin.fuzz.adversary import FAULTY
-from vllm_specplugin.fuzz.workload import Case, Request
+from tests.fuzz.adversary import FAULTY
+from tests.fuzz.workload import Case, Request
 
 __all__ = ["compare", "compare_texts", "engine_problems"]
 

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vllm_specplugin.fuzz.adversary import DEVICE_PATH, PATH
-from vllm_specplugin.fuzz.session import Verdict
-from vllm_specplugin.fuzz.workload import Frame, Request, Workload
+from tests.fuzz.adversary import DEVICE_PATH, PATH
+from tests.fuzz.session import Verdict
+from tests.fuzz.workload import Frame, Request, Workload
 
 __all__ = ["Coverage"]
 

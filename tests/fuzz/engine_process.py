@@ -15,7 +15,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_specplugin.vllm.fuzz_watch import Watch, leaks
+from tests.fuzz import adversary_device
+from tests.fuzz.leak_check import Watch, leaks, quicken_interpreter
 from vllm_specplugin.vllm.processes import engine
 
 __all__ = ["COMMANDS", "play"]
@@ -55,8 +56,6 @@ def play(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 def _tell_device(request: Mapping[str, Any]) -> None:
     """Says what is drafted where drafts stay on the device."""
-    from vllm_specplugin.fuzz import adversary_device
-
     truth = request.get("truth")
     work = request["workload"]
     adversary_device.use(
@@ -241,8 +240,6 @@ COMMANDS = {**engine.COMMANDS, "play": play, "preemptions": preemptions}
 
 def main(commands: Mapping[str, engine.Command] = COMMANDS) -> None:
     """Entry point of the process."""
-    from vllm_specplugin.vllm.fuzz_watch import quicken_interpreter
-
     quicken_interpreter()
     engine.main(commands)
 

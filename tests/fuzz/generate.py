@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from vllm_specplugin.fuzz.adversary import DEVICE_PATH, FAULTY, MODES, PATH
-from vllm_specplugin.fuzz.adversary_device import DEVICE_MODES
-from vllm_specplugin.fuzz.workload import Frame, Request, Workload
+from tests.fuzz.adversary import DEVICE_PATH, FAULTY, MODES, PATH
+from tests.fuzz.adversary_device import DEVICE_MODES
+from tests.fuzz.workload import Frame, Request, Workload
 
 __all__ = ["PLUGIN", "make_frame", "make_workload"]
 

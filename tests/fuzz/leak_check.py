@@ -12,6 +12,8 @@ __all__ = ["Watch", "leaks", "quicken_interpreter"]
 _PASSING = frozenset({"_last", "_sampled"})
 """Attributes that hold the last step only, and are overwritten by the next."""
 _DEEPEST = 5
+_OURS = ("vllm_specplugin.", "tests.fuzz.")
+"""Modules whose objects are looked into."""
 
 
 class Watch:
@@ -75,7 +77,7 @@ def leaks(scheduler: Any, runner: Any, gone: Sequence[str]) -> list[str]:
 
 
 def _strings(value: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
-    """Every string below an object of the plugin's or a container, and its path."""
+    """Every string below a container or an object of ours, and its path."""
     if isinstance(value, str):
         yield path, value
     elif depth > _DEEPEST:
@@ -87,7 +89,7 @@ def _strings(value: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
     elif isinstance(value, (list, tuple, set, frozenset)):
         for entry in value:
             yield from _strings(entry, path, depth + 1)
-    elif type(value).__module__.startswith("vllm_specplugin."):
+    elif type(value).__module__.startswith(_OURS):
         for name, entry in getattr(value, "__dict__", {}).items():
             if name not in _PASSING and not name.startswith("_runner"):
                 yield from _strings(entry, f"{path}.{name}", depth + 1)

@@ -13,8 +13,8 @@ import math
 import shutil
 from pathlib import Path
 
-from vllm_specplugin.demo.inflate import made_once
-from vllm_specplugin.demo.models import model_path
+from examples.demo.inflate import made_once
+from examples.demo.models import model_path
 
 __all__ = ["ADAPTERS", "make_adapters", "make_model"]
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from vllm_specplugin.errors import ConfigError, complain
-from vllm_specplugin.fuzz.adversary import DEVICE_PATH, PATH
-from vllm_specplugin.fuzz.compare import compare, compare_texts
-from vllm_specplugin.fuzz.generate import PLUGIN
-from vllm_specplugin.fuzz.models import make_adapters, make_model
-from vllm_specplugin.fuzz.workload import Case, Frame, Workload, plain
+from tests.fuzz.adversary import DEVICE_PATH, PATH
+from tests.fuzz.compare import compare, compare_texts
+from tests.fuzz.generate import PLUGIN
+from tests.fuzz.models import make_adapters, make_model
+from tests.fuzz.workload import Case, Frame, Workload, plain
 from vllm_specplugin.tools.engine_client import EngineError, EngineProcess
 
 __all__ = ["Engine", "Session", "Start", "Verdict", "start_engine"]
@@ -22,6 +21,7 @@ _PATIENCE = {"v1": 600.0, "v2": 900.0}
 """Seconds for an answer, after which an engine counts as hung. Generous: a busy machine
 is no failure."""
 _START_PATIENCE = 900.0
+_ROOT = Path(__file__).parents[2]
 
 
 class Engine(Protocol):
@@ -173,7 +173,7 @@ def plain_request(request: Any, *, params: Any, extra: Any) -> Any:
 
 
 def start_engine(
-    frame: Frame, vllm: bool, *, module: str = "vllm_specplugin.vllm.fuzz_process", path: str = ""
+    frame: Frame, vllm: bool, *, module: str = "tests.fuzz.engine_process", path: str = ""
 ) -> EngineProcess:
     """Starts an engine of a frame in a process of its own.
 
@@ -184,11 +184,12 @@ def start_engine(
         path: folders to put on the child's path, for the same.
     """
     environment = {"OMP_NUM_THREADS": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    overlay = ""
     if frame.runner == "v2":
-        environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
-        environment |= second_runner_on_cpu(frame.asynchronous, path)
-    elif path:
-        environment["PYTHONPATH"] = path
+        overlay, needed = second_runner_on_cpu(frame.asynchronous)
+        environment |= {"VLLM_USE_V2_MODEL_RUNNER": "1", **needed}
+    # The engine imports the adversary by its name below the root.
+    environment["PYTHONPATH"] = ":".join(filter(None, (overlay, path, str(_ROOT))))
     speculate = {
         "proposer": DEVICE_PATH if frame.asynchronous else PATH,
         "policy": "fixed",
@@ -214,28 +215,15 @@ def start_engine(
     )
 
 
-def second_runner_on_cpu(asynchronous: bool, path: str = "") -> dict[str, str]:
-    """Variables with which vLLM runs its second runner on a CPU: the repository has
-    a Triton backend that interprets kernels. Nothing is needed with a GPU.
-
-    Raises:
-        ConfigError: there is neither.
-    """
+def second_runner_on_cpu(asynchronous: bool) -> tuple[str, dict[str, str]]:
+    """What vLLM's second runner needs on a CPU: a folder on the path with a Triton
+    backend that interprets kernels, and variables. Nothing is needed with a GPU."""
     import torch
 
     if torch.cuda.is_available():
-        return {"PYTHONPATH": path} if path else {}
-    overlay = Path(__file__).parents[2] / "tests" / "support" / "triton_cpu"
-    if not overlay.is_dir():
-        raise ConfigError(
-            complain(
-                "the second runner without a GPU",
-                "the folder tests/support/triton_cpu of a clone of the repository",
-                "install from a clone (pip install -e), or use --runner v1",
-            )
-        )
-    return {
-        "PYTHONPATH": f"{overlay}:{path}" if path else str(overlay),
+        return "", {}
+    overlay = _ROOT / "tests" / "support" / "triton_cpu"
+    return str(overlay), {
         "TRITON_INTERPRET": "1",
         "TRITON_CPU_ASYNC": str(int(asynchronous)),
     }

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from vllm_specplugin.fuzz.workload import Request, Workload
+from tests.fuzz.workload import Request, Workload
 
 __all__ = ["shrink"]
 

@@ -114,7 +114,7 @@ class Case:
                 complain(
                     f"a workload that cannot be read ({error!r})",
                     'JSON with "frame" and "workload"',
-                    "give a file that specplugin fuzz wrote",
+                    "give a file that the fuzzer wrote",
                 )
             ) from error
 
