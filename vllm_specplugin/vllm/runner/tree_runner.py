@@ -35,7 +35,6 @@ from vllm_specplugin.vllm.runner.speculator import TreeSpeculator
 from vllm_specplugin.vllm.runner.state import SpecState
 from vllm_specplugin.vllm.runner.sync_step import HostSide
 from vllm_specplugin.vllm.runner.tree_support import why_chains
-from vllm_specplugin.vllm.tree_attention import gpu
 from vllm_specplugin.vllm.tree_attention.backend import PLAN_ATTRIBUTE
 from vllm_specplugin.vllm.tree_attention.device_trees import DeviceTrees
 
@@ -116,18 +115,10 @@ class TreeRunnerV2:
             setattr(self, name, mixed(mixin, getattr(self, name), self))
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
-        gpu.forbid_graphs()
-        if self.spec.config.full_graphs and not self.spec.follows_native:
-            groups = kv_cache_config.kv_cache_groups
-            names = [name for group in groups for name in group.layer_names]
-            # Kept in place, filled or cleared in every step: see the two sides.
-            gpu.allow_graphs(self.device_trees, names)
         super().initialize_kv_cache(  # type: ignore[misc]
             kv_cache_config, *args, **kwargs
         )
         self.spec.why_chains = self._why_chains()
-        if self.spec.config.full_graphs and self.spec.why_chains is not None:
-            gpu.allow_graphs(None)
 
     def _why_chains(self) -> str | None:
         if self.spec.follows_native:
