@@ -1,18 +1,24 @@
-"""Plots of what was measured and replayed. Needs matplotlib (extra ``plots``)."""
+"""Plots of what was compared, measured and replayed. Needs matplotlib (extra ``plots``)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vllm_specplugin.errors import SpecPluginError, complain
 from vllm_specplugin.step.cost_model import StepShape
-from vllm_specplugin.tools.replay.replay import Recording, Replayed
+from vllm_specplugin.tools.ab.phrases import interval_words
 
-__all__ = ["plot_replays", "plot_tuning", "require_matplotlib"]
+if TYPE_CHECKING:
+    from vllm_specplugin.tools.replay.replay import Recording, Replayed
+
+__all__ = ["plot_ratios", "plot_replays", "plot_tuning", "require_matplotlib"]
+
+_COLORS = {"faster": "C2", "slower": "C3"}
+"""By verdict; others are grey."""
 
 
 def require_matplotlib() -> Any:
@@ -35,6 +41,36 @@ def require_matplotlib() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def plot_ratios(report: Mapping[str, Any], path: Path) -> None:
+    """Speed of each variant against the reference, with its interval, by cell.
+
+    Draws nothing if there is no ratio.
+
+    Args:
+        report: as in ``report.json`` of ``specplugin ab``.
+        path: what to write; the suffix decides the format.
+    """
+    rows = [(cell["label"], row) for cell in report["cells"] for row in cell["rows"]]
+    shown = [(label, row) for label, row in rows if row["ratio"]]
+    if not shown:
+        return
+    pyplot = require_matplotlib()
+    figure, axis = pyplot.subplots(figsize=(9, 1 + 0.3 * len(shown)), layout="constrained")
+    for place, (_, row) in enumerate(shown):
+        ratio = row["ratio"]
+        color = _COLORS.get(ratio["verdict"], "grey")
+        if interval_words(ratio) != "unknown":
+            axis.plot([ratio["low"], ratio["high"]], [place, place], color=color, lw=3, alpha=0.5)
+        axis.plot(ratio["value"], place, "o", color=color)
+    axis.axvline(1, color="black", lw=0.8)
+    axis.set_yticks(range(len(shown)), [f"{row['variant']}, {label}" for label, row in shown])
+    axis.invert_yaxis()
+    reference = report["variants"][0]["name"]
+    axis.set_xlabel(f"tokens/s against {reference}, {report['confidence']:.0%} interval")
+    figure.savefig(path)
+    pyplot.close(figure)
 
 
 def plot_replays(results: Sequence[Replayed], path: Path) -> None:
