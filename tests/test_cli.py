@@ -3,6 +3,7 @@ from __future__ import annotations
 import http.server
 import json
 import re
+import sys
 import threading
 
 import pytest
@@ -32,13 +33,27 @@ def test_no_command_is_a_usage_error(capsys):
     assert "COMMAND" in capsys.readouterr().err
 
 
+def test_a_command_without_vllm_says_what_to_install(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    arguments = [
+        "ab",
+        "--out",
+        str(tmp_path),
+        "--url=http://127.0.0.1:1",
+        "--url=b=http://127.0.0.1:1",
+    ]
+    monkeypatch.setattr("vllm_specplugin.tools.ab.command.check_servers", lambda load: None)
+    assert main(arguments) == 2
+    assert "no module 'tqdm': expected vLLM" in capsys.readouterr().err
+
+
 def test_doctor_fails_with_the_remedy(capsys, monkeypatch):
     from vllm_specplugin.vllm.compat import seams
 
     monkeypatch.setattr(seams, "installed_version", lambda: "0.31.0")
     assert main(["doctor"]) == 1
     shown = capsys.readouterr().out
-    assert re.search(r"FAIL\s+vllm: vLLM 0\.31\.0", shown)
+    assert re.search(r"FAIL\s+vllm: 0\.31\.0 \(supported: 0\.32", shown)
     assert "to fix it" in shown
 
 
@@ -69,7 +84,7 @@ def test_doctors_json_without_a_supported_vllm(capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert found["works"] is False and found["seams"] is None
     (bad,) = [finding for finding in found["findings"] if finding["bad"]]
-    assert "vLLM (not installed)" in bad["text"] and bad["remedy"]
+    assert bad["text"].startswith("not installed (supported: ") and bad["remedy"]
 
 
 class Status(http.server.BaseHTTPRequestHandler):

@@ -26,6 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SpecPluginError as error:
         print(f"specplugin: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("vllm_specplugin"):
+            raise
+        found = f"no module {error.name!r}"
+        remedy = 'pip install "vllm-specplugin[cuda]", or [cpu] without a GPU'
+        print(f"specplugin: {complain(found, 'vLLM and what it brings', remedy)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("specplugin: interrupted", file=sys.stderr)
         return 130

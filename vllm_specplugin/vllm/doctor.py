@@ -39,12 +39,18 @@ class Finding:
 def examine() -> Iterator[Finding]:
     """Findings in order; stops early where later ones would make no sense."""
     yield Finding("python", platform.python_version())
+    supported = f"(supported: {', '.join(SUPPORTED)})"
     try:
         check_version()
-    except SpecPluginError as error:
-        yield Finding("vllm", str(error), bad=True, remedy=f"use vLLM {SUPPORTED}")
+    except SpecPluginError:
+        yield Finding(
+            "vllm",
+            f"{installed_version() or 'not installed'} {supported}",
+            bad=True,
+            remedy='pip install "vllm-specplugin[cuda]", or [cpu] without a GPU',
+        )
         return
-    yield Finding("vllm", f"{installed_version()} (supported: {', '.join(SUPPORTED)})")
+    yield Finding("vllm", f"{installed_version()} {supported}")
     for check in (_entry_point, _platform, _runner, _seams, _tree_attention, _defects):
         yield from _safely(check)
 
