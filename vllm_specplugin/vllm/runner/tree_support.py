@@ -1,4 +1,4 @@
-"""Why an engine verifies chains only, whichever runner it has."""
+"""Why an engine verifies chains only."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 from vllm_specplugin.vllm.kv_cache.layout_probe import prepare_layers
 
-__all__ = ["why_chains"]
+__all__ = ["chains_only_reason"]
 
 
-def why_chains(runner: Any, drafting: AbstractSet[str]) -> str | None:
+def chains_only_reason(runner: Any, drafting: AbstractSet[str]) -> str | None:
     """``None`` for trees. Prepares the layers for them.
 
     Args:
