@@ -15,6 +15,7 @@ from vllm_specplugin.config import SpecConfig, resolve
 from vllm_specplugin.device_interfaces import OffersDevice
 from vllm_specplugin.environment import use_first_runner
 from vllm_specplugin.errors import ConfigError, complain
+from vllm_specplugin.vllm.cpu_kernels import prepare as cpu_kernels
 
 __all__ = ["DRIVEN", "RunnerChoice", "choose_runner", "second_runner_offered"]
 
@@ -50,7 +51,7 @@ def second_runner_offered() -> bool:
     from vllm.triton_utils import HAS_TRITON
 
     wanted = envs.VLLM_USE_V2_MODEL_RUNNER
-    return bool(HAS_TRITON if wanted is None else wanted)
+    return bool(HAS_TRITON or cpu_kernels.wanted() if wanted is None else wanted)
 
 
 def choose_runner(

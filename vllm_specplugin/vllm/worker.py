@@ -14,6 +14,7 @@ from typing import Any
 from vllm_specplugin import __version__
 from vllm_specplugin.config import CONFIG_KEY, SpecConfig
 from vllm_specplugin.errors import ConfigError, UnsupportedError, complain
+from vllm_specplugin.vllm.cpu_kernels.prepare import prepare_worker
 from vllm_specplugin.vllm.log import log_as_vllm_does
 from vllm_specplugin.vllm.refusals import check_first, check_head, check_second
 from vllm_specplugin.vllm.upstream import check_version, installed_version
@@ -32,6 +33,7 @@ class SpecWorkerMixin:
     def init_device(self) -> None:
         log_as_vllm_does()
         check_version()
+        prepare_worker()
         config = _configuration(self.vllm_config)  # type: ignore[attr-defined]
         from vllm_specplugin.vllm.tree_attention.backend import register_tree_backends
 
