@@ -71,6 +71,7 @@ class Twin:
         source = getattr(spec.function, "py_func", spec.function)
         wanted = tuple(inspect.signature(source).parameters)[1:]
         self._picks = tuple(self._pick(_short(name), spec) for name in wanted)
+        self._moves = tuple(self._index[name] for name in spec.moves)
         self._only = tuple(
             (self._index[name], value)
             for name, value in spec.only.items()
@@ -107,6 +108,7 @@ class Twin:
                         f"turn that feature off, or {FIRST_RUNNER}",
                     )
                 )
+        self._check_moves(args, constants)
         values: list[Any] = []
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         for index, given, convert in self._picks:
@@ -120,6 +122,20 @@ class Twin:
         self._function(grid, *values)
         for tensor, copy in copies:
             tensor.copy_(copy)
+
+    def _check_moves(self, args: Any, constants: Any) -> None:
+        """Elements that are moved as bits need one dtype at both ends."""
+        moved = [self._argument(index, args, constants) for index in self._moves]
+        dtypes = {tensor.dtype for tensor in moved if tensor is not None}
+        if len(dtypes) > 1:
+            raise UnsupportedError(
+                complain(
+                    f"{self.__name__} from and to tensors of "
+                    + " and ".join(sorted(map(str, dtypes))),
+                    "one dtype",
+                    f"report it with the command that was run, or {FIRST_RUNNER}",
+                )
+            )
 
     def _argument(self, index: int, args: Any, constants: Any) -> Any:
         if index < len(args):

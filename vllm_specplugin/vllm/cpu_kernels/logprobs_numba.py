@@ -38,7 +38,7 @@ def topk_log_softmax(grid, output, logits, topk_ids, topk, vocab_size):
         line, top = logits[row], _MINUS_INF
         for i in range(vocab_size):
             top = max(top, line[i])
-        total = np.float32(0)
+        total = 0.0  # float64: Triton adds pairwise, this loop one by one
         for i in range(vocab_size):
             total += np.float32(math.exp(line[i] - top))
         log_total = np.float32(math.log(total))

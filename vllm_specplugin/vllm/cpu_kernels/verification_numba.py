@@ -9,7 +9,8 @@ holds the draft itself as input.
 
 p is the target's distribution, q the draft's. Sums of exponentials come per block of
 the vocabulary, relative to the block's maximum. Everything is float32 and rounded per
-operation, as in the kernels.
+operation, as in the kernels. Only sums over a block are float64 until they are stored:
+Triton adds pairwise, and adding one by one in float32 would lose digits.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -54,14 +55,13 @@ def _log(x):
 @_inner
 def _max_and_sum(line, first, last, temp):
     """``_compute_max_and_sumexp`` of ``line[first:last] / temp``."""
-    top, total = _MINUS_INF, _ZERO
+    top, total = _MINUS_INF, 0.0
     for i in range(first, last):
-        value = line[i] / temp
-        top = max(top, value)
+        top = max(top, line[i] / temp)
     if top > _MINUS_INF:
         for i in range(first, last):
             total += _exp(line[i] / temp - top)
-    return top, total
+    return top, np.float32(total)
 
 
 @_inner
@@ -91,9 +91,13 @@ def _is_verified(row, local_pos, num_speculative_steps, num_logits):
 
     vLLM 0.32 passes the number of steps, 0.33 the number of rows: the other is None.
     """
-    if num_speculative_steps is not None:
-        return local_pos[row] < num_speculative_steps
-    return row + 1 < num_logits and local_pos[row + 1] != 0
+    if num_speculative_steps is not None:  # noqa: SIM102 -- numba drops this branch
+        if local_pos[row] >= num_speculative_steps:
+            return False
+    if num_logits is not None:  # noqa: SIM102 -- or this one
+        if row + 1 >= num_logits or local_pos[row + 1] == 0:
+            return False
+    return True
 
 
 @_jit
@@ -194,7 +198,7 @@ def compute_local_residual_mass(
         q_sum = _log_sum(draft_local_max[row], draft_local_sumexp[row], n)
         line, drafts = target_logits[row], draft_logits[slot, step]
         for block in range(grid[1]):
-            first, total = block * block_size, _ZERO
+            first, total = block * block_size, 0.0
             for i in range(first, min(first + block_size, vocab_size)):
                 mass = ratio * _exp(line[i] - p_sum) - _exp(drafts[i] / own - q_sum)
                 if mass > 0:
