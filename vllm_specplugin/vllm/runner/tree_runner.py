@@ -50,17 +50,25 @@ if TYPE_CHECKING:
 else:
     _Runner = _ModelState = object
 
-__all__ = ["TreeModelState", "TreeRunner", "become", "reads_drafts"]
+__all__ = ["TreeModelState", "TreeRunner", "mixed", "reads_drafts"]
 
 _BUILT_IN_PROCESSORS = 3
 """vLLM's sampler has these always: bias, penalties, bad words."""
 
 
-def become(target: Any, mixin: type, runner: TreeRunner) -> None:
-    """Makes an object of vLLM's one of ours, for all who hold it."""
+def mixed(target: Any, mixin: type, runner: TreeRunner) -> Any:
+    """An object of vLLM's that is also one of ours.
+
+    It shares its attributes with the original, to which vLLM may hold references.
+    (Python does not let an object whose class derives from ``ABC`` change its class
+    to one with a mixin.)
+    """
     base = type(target)
-    target.__class__ = type(f"Tree{base.__name__}", (mixin, base), {})
-    target.spec_runner = runner
+    kind: Any = type(f"Tree{base.__name__}", (mixin, base), {})
+    made = kind.__new__(kind)
+    made.__dict__ = target.__dict__
+    made.spec_runner = runner
+    return made
 
 
 def reads_drafts(params: SamplingParams) -> bool:
@@ -103,13 +111,13 @@ class TreeRunner(_Runner):
         self.spec_requests = {}
         asynchronous = self.scheduler_config.async_scheduling
         self.spec_path = DeviceSteps(self) if asynchronous else HostSteps(self)
-        become(self.speculator, TreeSpeculator, self)
+        self.speculator = mixed(self.speculator, TreeSpeculator, self)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        become(self.model_state, TreeModelState, self)
-        become(self.sampler, TreeSampler, self)
-        become(self.rejection_sampler, TreeRejectionSampler, self)
+        self.model_state = mixed(self.model_state, TreeModelState, self)
+        self.sampler = mixed(self.sampler, TreeSampler, self)
+        self.rejection_sampler = mixed(self.rejection_sampler, TreeRejectionSampler, self)
 
     @property
     def spec_sampler(self) -> Sampler:
