@@ -156,7 +156,7 @@ def test_markdown_says_everything_that_matters():
     assert "no such <model>\nsecond line" in text
     assert PROMPTS.sha256[:16] in text
     assert "| batch 8, T=1 | suffix | 90% | 60% |" in text
-    assert "| batch 8, T=1 | suffix | 25.00 | 2.50 | 5.00 | 7.50 |" in text
+    assert "| batch 8, T=1 | suffix | 25.00 | 5.00 | 5.00 | 7.50 |" in text
 
 
 def test_the_picture_is_drawn_where_matplotlib_is_installed(tmp_path, monkeypatch):

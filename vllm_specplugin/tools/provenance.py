@@ -23,7 +23,7 @@ _PACKAGES = (
 def provenance(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A record to publish next to figures."""
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([_program(), *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git_sha": _git_sha(),
         "versions": versions(),
@@ -34,13 +34,20 @@ def provenance(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python, this package, vLLM and what it computes with."""
-    found = {name: version for name in _PACKAGES if (version := _version(name))}
-    return {**found, "python": platform.python_version()}
+    installed = {name: found for name in _PACKAGES if (found := _version(name))}
+    return {**installed, "python": platform.python_version()}
 
 
 def machine() -> dict[str, Any]:
     """Processor, cores and operating system."""
     return {"cpu": _cpu_name(), "cores": os.cpu_count(), "system": platform.platform()}
+
+
+def _program() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        return Path(sys.argv[0]).name
+    return f"python -m {spec.name.removesuffix('.__main__')}"
 
 
 def _version(name: str) -> str | None:
