@@ -33,10 +33,10 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/python tests/tools/typecheck.py
+	$(BIN)/python tests/meta/typecheck.py
 
 audit: $(READY)
-	$(BIN)/python tests/tools/audit.py
+	$(BIN)/python tests/meta/audit.py
 
 clean:
 	rm -rf $(VENV) .typecheck .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

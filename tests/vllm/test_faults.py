@@ -30,7 +30,7 @@ FAULTS = {
     "exit": "proposer_error",
 }
 
-POLICY_FAULTS = {  # more of them without an engine, in tests/test_drafting.py
+POLICY_FAULTS = {  # more of them without an engine, in tests/step/test_drafting.py
     "budget raises": "policy_error",
     "huge": None,
     "orphans": "policy_error",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 
-from .tools.read_wheel import differences
+from .read_wheel import differences
 
 SOURCE = """
 from vllm.base import imported

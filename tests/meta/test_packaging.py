@@ -14,7 +14,7 @@ import pytest
 
 import vllm_specplugin
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = "vllm_specplugin"
 
 

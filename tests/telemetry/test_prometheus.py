@@ -117,7 +117,7 @@ def test_every_counter_of_the_metrics_is_exposed() -> None:
 
 
 def test_the_dashboard_asks_for_metrics_that_exist() -> None:
-    text = (Path(__file__).parents[1] / "examples" / "grafana.json").read_text()
+    text = (Path(__file__).parents[2] / "examples" / "grafana.json").read_text()
     asked = set(re.findall(rf"{PREFIX}(\w+)", text))
     counters = {f"{name}_total" for name, _ in COUNTERS.values()}
     counters |= {f"{name}_total" for name, _, _ in prometheus._LABELLED.values()}

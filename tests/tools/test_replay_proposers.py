@@ -14,7 +14,7 @@ import torch
 
 from vllm_specplugin import EMPTY_TREE, DraftTree
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture

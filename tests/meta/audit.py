@@ -1,6 +1,6 @@
 """What the locked set-up is made of: consistent, complete, without known holes.
 
-    .venv/bin/python tests/tools/audit.py
+    .venv/bin/python tests/meta/audit.py
 
 Always checked, without a network: every line of the lock pins one version of one
 package, what is installed is what is locked and nothing besides, and every

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MOST_LINES = 400
 MOST_LINES_OF_FUNCTION = 60
 SOURCES = sorted(

@@ -12,7 +12,7 @@ from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.scorers.exact import ExactScorer
 from vllm_specplugin.step.scoring import RequestScorer, take
 
-from .scorers.drafts import ENGINE, random_batch
+from ..scorers.drafts import ENGINE, random_batch
 
 CHOICES = [
     None,

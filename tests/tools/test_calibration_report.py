@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.test_trace_replay import PROMPT, record
+from tests.tools.test_replay import PROMPT, record
 from vllm_specplugin.cli import main
 from vllm_specplugin.tools.replay import calibration_report as report
 from vllm_specplugin.tools.replay.calibration_report import BINS, reliability

@@ -1,6 +1,6 @@
 """Compares the seams we rely on with a vLLM wheel, by reading it.
 
-    python tests/tools/read_wheel.py vllm-0.33.0-....whl
+    python tests/meta/read_wheel.py vllm-0.33.0-....whl
 
 For releases that are not installed. Names that a module only imports are looked up
 where it imports them from; parameters of classes are those of ``__init__``, or the

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vllm_specplugin import POLICIES, PROPOSERS, SCORERS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 

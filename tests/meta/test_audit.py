@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.tools import audit
+from . import audit
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = [
     path
     for folder in ("vllm_specplugin", "proposers", "scorers")

@@ -20,7 +20,7 @@ from vllm_specplugin.telemetry.counters import SpecMetrics
 from vllm_specplugin.tools.replay.replay import load_recording, replay
 from vllm_specplugin.tools.replay.tune import parse_load, parse_policy, replay_command
 
-from .policies.support import outcome
+from ..policies.support import outcome
 
 ENGINE = EngineInfo(vocab_size=500, max_model_len=999, max_num_seqs=8, max_nodes=8)
 PROMPT = 10

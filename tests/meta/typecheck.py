@@ -1,6 +1,6 @@
 """Runs mypy on the package as it installs.
 
-    python tests/tools/typecheck.py [MYPY ARGUMENTS]
+    python tests/meta/typecheck.py [MYPY ARGUMENTS]
 
 Two folders at the root install as subpackages, which mypy cannot know. So this
 makes ``.typecheck/vllm_specplugin``, a tree of symbolic links that looks like
