@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import MAX_NODES, Engine
+from ..conftest import MAX_NODES, Engine
 
 Get = Callable[[str], Engine]
 

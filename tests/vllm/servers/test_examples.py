@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from .conftest import TARGET, Engine
-from .serving import Server, complete
+from ..conftest import TARGET, Engine
+from ..serving import Server, complete
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": str(EXAMPLES),

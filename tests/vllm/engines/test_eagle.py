@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import ENGINES, HERE, MAX_NODES, TARGET, Engine, start
+from ..conftest import ENGINES, HERE, MAX_NODES, TARGET, Engine, start
 from .drafting_checks import check_broken, check_text_and_logits, check_whole_sizes
 
 sys.path.insert(0, str(HERE / "support"))

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from ..laws import chi_squared
-from .conftest import Engine
+from ...laws import chi_squared
+from ..conftest import Engine
 
 Get = Callable[[str], Engine]
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .conftest import Engine
+from ..conftest import Engine
 
 CLOSE = 2e-3  # logits spread over about 13; a wrong cache is off by whole units
 FEW = slice(2, 8)  # each row is compared to a prefill of its own, which takes time

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from ..laws import chi_squared
-from .conftest import ENGINES, TARGET, Engine, start
+from ...laws import chi_squared
+from ..conftest import ENGINES, TARGET, Engine, start
 
 Get = Callable[[str], Engine]
 

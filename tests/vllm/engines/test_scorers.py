@@ -12,8 +12,8 @@ import pytest
 from vllm_specplugin import SCORERS
 from vllm_specplugin.tools.engine_client import EngineError
 
-from ..laws import chi_squared
-from .conftest import TARGET, Engine
+from ...laws import chi_squared
+from ..conftest import TARGET, Engine
 
 Get = Callable[[str], Engine]
 

@@ -14,8 +14,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from .conftest import TARGET
-from .serving import Server, samples
+from ..conftest import TARGET
+from ..serving import Server, samples
 
 COMMAND = [
     *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),

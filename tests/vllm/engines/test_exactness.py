@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from .conftest import ENGINES, Engine
+from ..conftest import ENGINES, Engine
 
 Get = Callable[[str], Engine]
 TEMPERATURES = [0.0, 0.7, 1.0]

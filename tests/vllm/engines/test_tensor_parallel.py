@@ -11,7 +11,7 @@ import pytest
 
 from vllm_specplugin.tools.engine_client import EngineError
 
-from .conftest import SWITCH, TARGET, Engine, start
+from ..conftest import SWITCH, TARGET, Engine, start
 
 
 def _two_cores() -> dict[str, str]:

@@ -16,10 +16,10 @@ import pytest
 from vllm_specplugin import __version__
 from vllm_specplugin.vllm.frontend.status_endpoint import StatusEndpoint
 
-from .conftest import TARGET
-from .serving import Server, complete, get, samples
+from ..conftest import TARGET
+from ..serving import Server, complete, get, samples
 
-SUPPORT = Path(__file__).parent / "support"
+SUPPORT = Path(__file__).parents[1] / "support"
 CHOICES: list[dict[str, Any]] = [
     {},
     {"spec_scorer": "rejection"},

@@ -28,7 +28,7 @@ WITHIN = {
     "blocks": 40,
 }
 """Bugs of ``fuzz_child``, and workloads that are enough to find them."""
-SUPPORT = Path(__file__).parent / "support"
+SUPPORT = Path(__file__).parents[1] / "support"
 BREAKABLE = functools.partial(start_engine, module="fuzz_child", path=str(SUPPORT))
 
 

@@ -11,7 +11,7 @@ from vllm_specplugin import POLICIES
 from vllm_specplugin.step.trace import read_trace
 from vllm_specplugin.tools.replay.replay import load_recording, replay
 
-from .conftest import Engine
+from ..conftest import Engine
 
 Get = Callable[[str], Engine]
 

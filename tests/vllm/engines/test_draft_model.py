@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from .conftest import ENGINES, MAX_NODES, TARGET, Engine, start
+from ..conftest import ENGINES, MAX_NODES, TARGET, Engine, start
 from .drafting_checks import CLOSE, check_broken, check_text_and_logits, check_whole_sizes
 
 DRAFT = str(TARGET.parent / "draft")

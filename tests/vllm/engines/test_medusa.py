@@ -12,7 +12,7 @@ import pytest
 
 from vllm_specplugin.tools.engine_client import EngineError
 
-from .conftest import TARGET, Engine, start
+from ..conftest import TARGET, Engine, start
 
 HEADS = TARGET.parent / "medusa"
 
