@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_specplugin import __version__
+from vllm_specplugin._version import __version__
 from vllm_specplugin.config import ROLES
 from vllm_specplugin.errors import ConfigError, SpecPluginError, complain
 from vllm_specplugin.fuzz.cli import add_command as add_fuzz_command
