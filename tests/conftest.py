@@ -12,6 +12,8 @@ are a group each, so that their fixtures are made once and both workers are busy
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,9 +27,7 @@ TIERS: dict[str, tuple[str, ...]] = {
     "gpu": ("gpu",),
     "load": ("server", "load"),
     "ab/test_end_to_end.py": ("engine",),
-    "ab/test_processes.py": ("adapter",),
     "ab/test_serve_vllm.py": ("server",),
-    "ab/test_vllm_names.py": ("adapter",),
     "vllm": ("adapter",),
     "vllm/engines": ("engine",),
     "vllm/mrv2": ("engine", "interpreted"),
@@ -66,3 +66,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             group = next(folder for folder in ENGINES_OF if group.startswith(folder))
         item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: SLOWEST_FIRST.index(tiers(item.path)[0]))
+
+
+@pytest.fixture(autouse=True)
+def light_tests_import_no_vllm(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Seen where nothing else in the process has imported it, as in ``make test``."""
+    absent = "vllm" not in sys.modules
+    yield
+    if absent and LIGHT.issuperset(tiers(request.path)):
+        assert "vllm" not in sys.modules, "belongs into tests/vllm: it imports vLLM"

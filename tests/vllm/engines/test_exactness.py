@@ -1,11 +1,16 @@
 """The central claim: a draft never changes the text.
 
-Token-for-token equality with the same engine drafting nothing, in float32.
+Token-for-token equality with the same engine drafting nothing, in float32. What the
+drafts are cannot matter to it, only where they are right and wrong: ``oracle`` and
+``random`` are run on the whole grid, each proposer at one point of it and on the rest
+nightly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
 
 import pytest
 
@@ -13,30 +18,53 @@ from ..conftest import ENGINES, Engine
 
 Get = Callable[[str], Engine]
 TEMPERATURES = [0.0, 0.7, 1.0]
-PROPOSERS = [
-    "ngram", "suffix", "token_recycling", "medusa", "fused", "random", "oracle"
-]  # fmt: skip
+ON_THE_GRID = ["random", "oracle"]
+ONCE = {
+    "ngram": ("chunked", 0.7),
+    "suffix": ("preempting", 1.0),
+    "token_recycling": ("uncached", 1.0),
+    "medusa": ("chunked", 1.0),
+    "fused": ("preempting", 0.7),
+}
+SMOKE = ("uncached", "oracle", 1.0)
+
+
+def grid() -> Iterator[Any]:
+    """Engine, proposer and temperature."""
+    for name, use, t in product(ENGINES, [*ON_THE_GRID, *ONCE], TEMPERATURES):
+        usual = use in ON_THE_GRID or ONCE[use] == (name, t)
+        marks = () if usual else pytest.mark.nightly
+        if (name, use, t) == SMOKE:
+            marks = pytest.mark.smoke
+        yield pytest.param(name, use, t, marks=marks)
+
+
+class Truth(dict[float, list[list[int]]]):
+    """The texts without speculation by temperature, each request alone."""
+
+    def __init__(self, engine: Get, prompts: list[list[int]]) -> None:
+        self._engine, self._prompts = engine, prompts
+
+    def __missing__(self, temperature: float) -> list[list[int]]:
+        one = self._engine("uncached")
+        found = one.texts(self._prompts, "none", temperature=temperature, together=False)
+        self[temperature] = found
+        return found
 
 
 @pytest.fixture(scope="session")
-def truth(engine: Get, prompts: list[list[int]]) -> dict[float, list[list[int]]]:
-    """The texts without speculation, each request alone."""
-    return {
-        t: engine("uncached").texts(prompts, "none", temperature=t, together=False)
-        for t in TEMPERATURES
-    }
+def truth(engine: Get, prompts: list[list[int]]) -> Truth:
+    return Truth(engine, prompts)
 
 
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("use", PROPOSERS)
-@pytest.mark.parametrize("name", list(ENGINES))
+@pytest.mark.parametrize(("name", "use", "temperature"), grid())
 def test_text_is_the_same_as_without_speculation(
     name: str,
     use: str,
     temperature: float,
     engine: Get,
     prompts: list[list[int]],
-    truth: dict[float, list[list[int]]],
+    truth: Truth,
 ) -> None:
     expected = truth[temperature]
     before = engine(name).ask("stats")
@@ -54,12 +82,15 @@ def test_text_is_the_same_as_without_speculation(
         assert after["kv_rows_moved"] > before["kv_rows_moved"]
 
 
-@pytest.mark.parametrize("use", PROPOSERS)
+@pytest.mark.parametrize(
+    "use", [*ON_THE_GRID, *(pytest.param(use, marks=pytest.mark.nightly) for use in ONCE)]
+)
 def test_one_request_at_a_time(
-    use: str, engine: Get, prompts: list[list[int]], truth: dict[float, list[list[int]]]
+    use: str, engine: Get, prompts: list[list[int]], truth: Truth
 ) -> None:
     before = engine("chunked").ask("stats")
-    for temperature, expected in truth.items():
+    for temperature in TEMPERATURES:
+        expected = truth[temperature]
         got = engine("chunked").texts(
             prompts, use, temperature=temperature, oracle=expected, together=False
         )
@@ -70,16 +101,14 @@ def test_one_request_at_a_time(
 
 
 def test_seeded_text_does_not_depend_on_the_batch(
-    engine: Get, prompts: list[list[int]], truth: dict[float, list[list[int]]]
+    engine: Get, prompts: list[list[int]], truth: Truth
 ) -> None:
     mixed = [TEMPERATURES[i % 3] for i in range(len(prompts))]
     got = engine("uncached").texts(prompts, "none", temperature=mixed)
     assert got == [truth[t][i] for i, t in enumerate(mixed)]
 
 
-def test_greedy_text_is_vllms_own(
-    engine: Get, prompts: list[list[int]], truth: dict[float, list[list[int]]]
-) -> None:
+def test_greedy_text_is_vllms_own(engine: Get, prompts: list[list[int]], truth: Truth) -> None:
     assert engine("vllm").texts(prompts, "none") == truth[0.0]
 
 
@@ -89,7 +118,7 @@ def test_preemption_really_happened(engine: Get) -> None:
 
 @pytest.mark.parametrize("part", ["mask", "positions", "compaction"])
 def test_each_broken_part_is_caught(
-    part: str, engine: Get, prompts: list[list[int]], truth: dict[float, list[list[int]]]
+    part: str, engine: Get, prompts: list[list[int]], truth: Truth
 ) -> None:
     """The oracle test fails when the mask, the positions or the compaction is
     wrong, so its passing means something."""

@@ -45,7 +45,7 @@ def truth(engine: Get, mix: Mix) -> list[list[int]]:
     ("name", "use"),
     [
         ("sync", "none"),
-        ("sync", "oracle"),
+        pytest.param("sync", "oracle", marks=pytest.mark.smoke),
         ("sync", "suffix"),
         ("async", "oracle"),
         ("async", "recycling"),
