@@ -57,7 +57,7 @@ def truth(engine: Get, prompts: list[list[int]]) -> Truth:
     return Truth(engine, prompts)
 
 
-@pytest.mark.parametrize(("name", "use", "temperature"), grid())
+@pytest.mark.parametrize(("name", "use", "temperature"), list(grid()))
 def test_text_is_the_same_as_without_speculation(
     name: str,
     use: str,
