@@ -96,16 +96,13 @@ class Engine:
             self.tokens.append(requests + sum(accepted))
 
     def _request(self, name):
-        def view(nodes):
-            return RequestView(
-                req_id=name, tokens=np.zeros(10, dtype=np.int32), num_prompt_tokens=5,
-                max_nodes=nodes, max_depth=64, temperature=1.0, top_k=0, top_p=1.0,
-                seed=0, options={},
-            )  # fmt: skip
-
         return DraftRequest(
-            view=view, req_id=name, limit=32, num_tokens=10, greedy=False, options={}
-        )
+            view=RequestView(
+                req_id=name, tokens=np.zeros(10, dtype=np.int32), num_prompt_tokens=5,
+                max_nodes=32, max_depth=64, temperature=1.0, top_k=0, top_p=1.0,
+                seed=0, options={},
+            )
+        )  # fmt: skip
 
     def goodput(self, first, last=None):
         """Tokens per second of the steps from ``first`` on."""

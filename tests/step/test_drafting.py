@@ -61,27 +61,19 @@ class Proposer:
 
 
 def request(req_id, limit=8, max_depth=8, chain_only=False):
-    def view(nodes):
-        return RequestView(
+    return DraftRequest(
+        view=RequestView(
             req_id=req_id,
             tokens=np.array([1, 2, 3], dtype=np.int32),
             num_prompt_tokens=3,
-            max_nodes=nodes,
+            max_nodes=limit,
             max_depth=max_depth,
             temperature=0.0,
             top_k=0,
             top_p=1.0,
             seed=0,
             options={},
-        )
-
-    return DraftRequest(
-        view=view,
-        req_id=req_id,
-        limit=limit,
-        num_tokens=3,
-        greedy=True,
-        options={},
+        ),
         chain_only=chain_only,
     )
 

@@ -89,16 +89,12 @@ def record(path, policy, options=None, *, requests=3, length=60, limit=5.0, gree
 
 
 def request_at(request, position, greedy=True):
-    def view(nodes):
-        return RequestView(
-            req_id=str(request), tokens=np.zeros(position, dtype=np.int32),
-            num_prompt_tokens=PROMPT, max_nodes=nodes, max_depth=8, temperature=0.0,
-            top_k=0, top_p=1.0, seed=0, options={},
-        )  # fmt: skip
-
     return DraftRequest(
-        view=view, req_id=str(request), limit=8, num_tokens=position,
-        greedy=greedy, options={},
+        view=RequestView(
+            req_id=str(request), tokens=np.zeros(position, dtype=np.int32),
+            num_prompt_tokens=PROMPT, max_nodes=8, max_depth=8,
+            temperature=0.0 if greedy else 1.0, top_k=0, top_p=1.0, seed=0, options={},
+        )
     )  # fmt: skip
 
 

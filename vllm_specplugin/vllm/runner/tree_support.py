@@ -1,4 +1,4 @@
-"""Why an engine verifies chains only, whichever runner it has."""
+"""Why an engine verifies chains only."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 from vllm_specplugin.vllm.kv_cache.layout_probe import prepare_layers
 from vllm_specplugin.vllm.tree_attention.flashinfer import use_flashinfer
 
-__all__ = ["why_chains"]
+__all__ = ["chains_only_reason"]
 
 
-def why_chains(runner: Any, drafting: AbstractSet[str]) -> str | None:
+def chains_only_reason(runner: Any, drafting: AbstractSet[str]) -> str | None:
     """``None`` for trees. Prepares the layers for them.
 
     Args:
@@ -42,6 +42,6 @@ def why_chains(runner: Any, drafting: AbstractSet[str]) -> str | None:
     if foreign := [name for name, x in layers.items() if not hasattr(x, "impl")]:
         return f"it has layers that are not attention ({foreign[0]})"
     reason = prepare_layers(layers)
-    if reason is None and runner.spec.config.tree_kernel == "flashinfer":
+    if reason is None and runner.spec.parts.config.tree_kernel == "flashinfer":
         use_flashinfer(layers)
     return reason

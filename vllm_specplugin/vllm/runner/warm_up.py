@@ -35,7 +35,7 @@ def warm_up(runner: Any) -> int:
     Returns:
         How many launches on a device were asked for.
     """
-    if runner.spec.why_chains is not None:
+    if runner.spec.chains_only is not None:
         return 0
     context = runner.compilation_config.static_forward_context
     _compile_on_host(context.values())
@@ -48,7 +48,7 @@ def warm_up(runner: Any) -> int:
     for layer in (context[name] for name in names):
         if getattr(layer.impl, "device_kernel", False):
             layers.setdefault(_kind(layer), layer)
-    most = runner.spec.engine.max_nodes
+    most = runner.spec.parts.engine.max_nodes
     for layer in layers.values():
         for requests, rows, length, all_rows in _ways(runner, layer, most):
             _attend(layer, runner, requests, rows, length, all_rows)
