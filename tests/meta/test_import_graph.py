@@ -82,6 +82,14 @@ def test_circles_of_modules_are_found_in_one_folder(write: Write) -> None:
     assert problem == "modules import each other in a circle: low.a, low.b, low.c"
 
 
+def test_a_part_may_name_the_type_of_the_whole(write: Write) -> None:
+    typing = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import P.low.a"
+    assert found(write(low__a="import P.low.b", low__b=typing)) == []
+    lazy = "def f():\n    import P.low.a"
+    (problem,) = found(write(low__a="import P.low.b", low__b=lazy))
+    assert problem == "modules import each other in a circle: low.a, low.b"
+
+
 def test_circles_of_folders_are_found_where_modules_have_none(write: Write) -> None:
     arrows = write(low__a="import P.high.b", low__b="", high__a="import P.low.b", high__b="")
     upwards, circle = found(arrows)
