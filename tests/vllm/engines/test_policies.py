@@ -24,13 +24,17 @@ def one(engine: Get) -> Iterator[Engine]:
     found.ask("reset", changes={"policy": "fixed", "trace": "", "options": {}})
 
 
+@pytest.fixture(scope="module")
+def truth(engine: Get, prompts: list[list[int]]) -> dict[float, list[list[int]]]:
+    """The texts without drafts, under the policy that the engine starts with."""
+    return {t: engine("chunked").texts(prompts, "none", temperature=t) for t in (0.0, 1.0)}
+
+
 @pytest.mark.parametrize("policy", POLICIES.names())
 def test_the_text_is_the_same_under_every_policy(
-    policy: str, one: Engine, prompts: list[list[int]]
+    policy: str, one: Engine, prompts: list[list[int]], truth: dict[float, list[list[int]]]
 ) -> None:
-    for temperature in (0.0, 1.0):
-        one.ask("reset", changes={"policy": "fixed", "options": {}})
-        expected = one.texts(prompts, "none", temperature=temperature)
+    for temperature, expected in truth.items():
         one.ask("reset", changes={"policy": policy})
         for use in ("suffix", "oracle"):
             oracle = expected if use == "oracle" else None
