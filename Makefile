@@ -7,6 +7,7 @@
 #   make test-nightly  the rest of the grids
 #   make coverage      what no unit test runs
 #   make lint          ruff, formatting, types, the graph of imports
+#   make fuzz          hostile drafts on real engines; ARGS="--workloads 500 --seed 1"
 #   make audit         the locked packages: consistent, and without known holes
 #   make clean         removes .venv and everything made
 #
@@ -27,14 +28,14 @@ TORCH := $(shell sed -n 's/^torch==/&/p' $(LOCK))
 WITHOUT_VLLM := --ignore-glob='tests/vllm/test_*' --ignore=tests/vllm/interpreted
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help demo test test-all test-nightly coverage lint audit clean
+.PHONY: help demo test test-all test-nightly coverage lint fuzz audit clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(READY)
-	$(BIN)/specplugin demo $(ARGS)
+	$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(READY)
 	$(PYTEST) -m "unit or lint or smoke" $(WITHOUT_VLLM) $(ARGS)
@@ -56,6 +57,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/python tests/meta/typecheck.py
 	$(BIN)/python tests/meta/import_graph.py
+
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 audit: $(READY)
 	$(BIN)/python tests/meta/audit.py

@@ -41,25 +41,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("vllm.runner",),
     ("vllm.runner_v1",),
     ("vllm.frontend",),
-    ("vllm.doctor", "vllm.plugin", "vllm.worker"),
+    ("vllm.plugin", "vllm.worker"),
     ("__init__",),  # the public functions, which import vllm.frontend when they are called
-    ("vllm.fuzz_watch", "vllm.processes"),
-    ("redaction", "tools", "vllm.fuzz_process"),
-    ("bundle", "demo"),
-    ("fuzz",),
+    ("vllm.processes",),
+    ("tools",),
+    ("vllm.doctor",),
     ("cli",),
 )
 
 Arrow = tuple[str, str]
 EXCEPTIONS: Mapping[Arrow, str] = {
-    ("fuzz.adversary_device", "fuzz.adversary"): "the fuzzer leaves the package",
-    ("heads.cli", "tools.prompt_files"): "training of heads leaves the package",
-    ("heads.target", "tools.prompt_files"): "training of heads leaves the package",
     ("noise._gumbel_numba", "noise.gumbel"): "reads constants that get a module of their own",
     ("noise._gumbel_triton", "noise.gumbel"): "reads constants that get a module of their own",
     ("trees.batch", "step.draft_request"): "a type; Drafted belongs into step",
-    ("vllm.compat.seams", "vllm.tree_attention.flashinfer"): "FlashInfer leaves the package",
-    ("vllm.fuzz_process", "fuzz.adversary_device"): "the fuzzer leaves the package",
     ("vllm.kv_cache.compaction", "vllm.runner_v1.draft_loading"): "draft_layers moves down",
 }
 """Arrows between modules that are left out, each with the reason."""

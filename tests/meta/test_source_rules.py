@@ -65,22 +65,29 @@ def test_a_long_function_is_found() -> None:
     assert found == "f (line 2): 61 lines"
 
 
-def algorithms(module: ast.Module) -> Iterator[str]:
-    """Modules of proposers and scorers that are imported."""
+def imported(module: ast.Module) -> Iterator[str]:
+    """Names of all imported modules, wherever in the file."""
     for node in ast.walk(module):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-        yield from (n for n in names if re.match(r"vllm_specplugin\.(proposers|scorers)\.", n))
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
 
 
 def test_the_core_names_no_algorithm() -> None:
+    algorithm = re.compile(r"vllm_specplugin\.(proposers|scorers)\.")
     found = {
         name(path): names
         for path in PACKAGE
-        if name(path).startswith("vllm_specplugin/") and (names := set(algorithms(tree(path))))
+        if name(path).startswith("vllm_specplugin/")
+        and (names := {n for n in imported(tree(path)) if algorithm.match(n)})
     }
     assert found == NAMING_AN_ALGORITHM
+
+
+def test_the_package_needs_nothing_beside_it() -> None:
+    tops = {name(path): {n.partition(".")[0] for n in imported(tree(path))} for path in PACKAGE}
+    assert {path for path, found in tops.items() if found & {"examples", "tests"}} == set()
 
 
 def environment_reads(module: ast.Module) -> Iterator[int]:
@@ -155,7 +162,7 @@ def test_code_is_named_by_the_operator_only() -> None:
         if isinstance(node, ast.Call)
         and ast.unparse(node.func).rpartition(".")[2] == "import_module"
     }
-    assert found == {"registry.py", "seams.py", "backend.py", "flashinfer.py"}
+    assert found == {"registry.py", "seams.py", "backend.py"}
 
 
 def test_no_file_names_a_folder_of_somebodys_machine() -> None:

@@ -15,7 +15,7 @@ from tests.proposers.fake_model import changed
 from tests.proposers.test_medusa import draft, hidden, make, paths_of
 from vllm_specplugin.api import TargetRows
 from vllm_specplugin.api.device_proposer import DeviceContext, OffersDevice
-from vllm_specplugin.heads.calibration import HeadCalibration
+from vllm_specplugin.heads.accuracies import HeadCalibration
 from vllm_specplugin.heads.medusa import save_heads
 from vllm_specplugin.noise.gumbel import MURMUR
 from vllm_specplugin.proposers._medusa.device import product_trees

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from vllm_specplugin import UnsupportedError
-from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.vllm.runner.async_step import DeviceSteps
 from vllm_specplugin.vllm.runner.startup_checks import check_first, check_head, check_second
 from vllm_specplugin.vllm.runner.tree_runner import TreeRunner, reads_drafts
@@ -47,7 +46,7 @@ def second(**changes):
 
 
 def test_nothing_is_refused_without_reason():
-    check_second(second(), SpecConfig())
+    check_second(second())
 
 
 @pytest.mark.parametrize(
@@ -91,43 +90,14 @@ def test_nothing_is_refused_without_reason():
 )
 def test_each_refusal_names_what_and_how(change, value, message, remedy):
     with pytest.raises(UnsupportedError, match=message) as error:
-        check_second(second(**{change: value}), SpecConfig())
+        check_second(second(**{change: value}))
     assert remedy in str(error.value)
 
 
 def test_the_first_runner_wants_synchronous_scheduling():
-    check_first(SimpleNamespace(use_async_scheduling=False), SpecConfig())
+    check_first(SimpleNamespace(use_async_scheduling=False))
     with pytest.raises(UnsupportedError, match="asynchronous scheduling"):
-        check_first(SimpleNamespace(use_async_scheduling=True), SpecConfig())
-
-
-def test_full_graphs_want_the_second_runner():
-    graphs = SpecConfig(full_graphs=True)
-    check_second(second(), graphs)
-    with pytest.raises(UnsupportedError, match="full_graphs on vLLM's first"):
-        check_first(SimpleNamespace(use_async_scheduling=False), graphs)
-
-
-def test_flashinfer_wants_synchronous_scheduling():
-    flashinfer = SpecConfig(tree_kernel="flashinfer")
-    check_second(second(scheduler_config__async_scheduling=False), flashinfer)
-    with pytest.raises(UnsupportedError, match="'flashinfer' with async") as error:
-        check_second(second(scheduler_config__async_scheduling=True), flashinfer)
-    assert "drop --async-scheduling" in str(error.value)
-
-
-@pytest.mark.parametrize("kernel", ["auto", "flashinfer"])
-def test_flashinfer_is_used_where_it_is_asked_for(kernel, monkeypatch):
-    asked = []
-    module = "vllm_specplugin.vllm.runner.tree_support"
-    monkeypatch.setattr(f"{module}.prepare_layers", lambda layers: None)
-    monkeypatch.setattr(f"{module}.use_flashinfer", asked.append)
-    layer = SimpleNamespace(impl=object())
-    runner = second(compilation_config__static_forward_context={"a": layer})
-    runner.kv_cache_config.kv_cache_groups = [SimpleNamespace(layer_names=["a"])]
-    runner.spec = SimpleNamespace(parts=SimpleNamespace(config=SpecConfig(tree_kernel=kernel)))
-    assert chains_only_reason(runner, frozenset()) is None
-    assert asked == ([{"a": layer}] if kernel == "flashinfer" else [])
+        check_first(SimpleNamespace(use_async_scheduling=True))
 
 
 def with_head(method, **head):

@@ -120,12 +120,12 @@ def adopt(runner: Any, config: SpecConfig) -> None:
     check_head(runner)
     ours: type
     if isinstance(runner, First):
-        check_first(runner, config)
+        check_first(runner)
         from vllm_specplugin.vllm.runner_v1.tree_runner import TreeRunnerV1
 
         ours = TreeRunnerV1
     else:
-        check_second(runner, config)
+        check_second(runner)
         from vllm_specplugin.vllm.runner.tree_runner import TreeRunner
 
         ours = TreeRunner

@@ -122,15 +122,3 @@ def test_nothing_is_launched_where_kernels_are_not_used(
     one = runner({"a": layer(1, device_kernel=kernel)}, **changes)
     assert warm_up.warm_up(one) == 0
     assert not any(recorder.launched for recorder in recorders.values())
-
-
-def test_flashinfer_is_called_once_for_each_mode(recorders: dict[str, Recorder]) -> None:
-    called: list[bool] = []
-
-    class Trees:
-        def in_step(self, step: object) -> Any:
-            return lambda *_, all_rows, **__: called.append(all_rows)
-
-    warm_up.warm_up(runner({"a": layer(1, tree_kernel=Trees())}))
-    assert sorted(called) == [False, True]
-    assert not recorders["attend"].launched

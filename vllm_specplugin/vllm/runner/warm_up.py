@@ -86,9 +86,6 @@ def _kind(layer: Any) -> Hashable:
 def _ways(runner: Any, layer: Any, most: int) -> Iterator[tuple[int, int, int, bool]]:
     """Requests, rows of one, bound of the lengths, and whether all rows are computed:
     one of each that compiles to something else."""
-    if layer.impl.tree_kernel is not None:  # FlashInfer picks by itself
-        yield from ((1, 1 + most, runner.max_model_len, a) for a in (False, True))
-        return
     from vllm_specplugin.vllm.tree_attention.gpu_kernel import launch_for
 
     _, kv_heads, block_size, _ = layer.kv_cache.shape
