@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_specplugin.tools.engine_client import EngineProcess
+
 HERE = Path(__file__).parent
 
 TIERS: dict[str, tuple[str, ...]] = {
@@ -35,7 +37,7 @@ TIERS: dict[str, tuple[str, ...]] = {
     "vllm/test_interpreted.py": ("interpreted",),
     "vllm/servers": ("server",),
 }
-SLOWEST_FIRST = ["engine", "interpreted", "server", "load", "gpu", "adapter", "unit", "lint"]
+SLOWEST_FIRST = ["engine", "interpreted", "server", "gpu", "adapter", "unit", "lint"]
 """A long group that starts last leaves one worker idle."""
 ENGINES_OF = ["vllm/mrv2", "vllm"]
 """Folders whose ``conftest.py`` has an ``engine`` fixture, the inner one first."""
@@ -75,3 +77,28 @@ def light_tests_import_no_vllm(request: pytest.FixtureRequest) -> Iterator[None]
     yield
     if absent and LIGHT.issuperset(tiers(request.path)):
         assert "vllm" not in sys.modules, "belongs into tests/vllm: it imports vLLM"
+
+
+Started = dict[str, EngineProcess]
+STARTED = pytest.StashKey[list[Started]]()
+
+
+def keep(config: pytest.Config) -> Started:
+    """A place for engines by name, which are ended with the last test of their group."""
+    started: Started = {}
+    config.stash.setdefault(STARTED, []).append(started)
+    return started
+
+
+def end(started: Started) -> None:
+    while started:
+        started.popitem()[1].close()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """A group's engines take gigabytes, and the next group has its own."""
+    group = item.get_closest_marker("xdist_group")
+    if group and nextitem and nextitem.get_closest_marker("xdist_group") != group:
+        for started in item.config.stash.get(STARTED, []):
+            end(started)
