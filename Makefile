@@ -25,7 +25,7 @@ READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^torch==/&/p' $(LOCK))
 
 # Importing vLLM takes longer than most tests: these files are not even read.
-WITHOUT_VLLM := --ignore-glob='tests/vllm/test_*' --ignore=tests/vllm/interpreted
+WITHOUT_VLLM := --ignore-glob='tests/vllm/test_*' $(addprefix --ignore=tests/vllm/,cpu_kernels interpreted mrv2)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: help demo test test-all test-nightly coverage lint fuzz audit clean

@@ -31,6 +31,8 @@ TIERS: dict[str, tuple[str, ...]] = {
     "ab/test_end_to_end.py": ("engine",),
     "ab/test_serve_vllm.py": ("server",),
     "vllm": ("adapter",),
+    "vllm/cpu_kernels/test_twins.py": ("interpreted",),
+    "vllm/cpu_kernels/twins": ("interpreted",),
     "vllm/engines": ("engine",),
     "vllm/mrv2": ("engine", "interpreted"),
     "vllm/interpreted": ("interpreted",),
@@ -39,8 +41,8 @@ TIERS: dict[str, tuple[str, ...]] = {
 }
 SLOWEST_FIRST = ["engine", "interpreted", "server", "gpu", "adapter", "unit", "lint"]
 """A long group that starts last leaves one worker idle."""
-ENGINES_OF = ["vllm/mrv2", "vllm"]
-"""Folders whose ``conftest.py`` has an ``engine`` fixture, the inner one first."""
+ENGINES_OF = ["vllm/engines/test_cpu_kernels", "vllm/mrv2", "vllm"]
+"""What has an ``engine`` fixture of its own, the inner ones first."""
 LIGHT = {"unit", "lint"}
 """Tiers whose tests must not import vLLM, which takes longer than most of them."""
 

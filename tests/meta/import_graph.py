@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("policies", "proposers", "scorers"),
     ("vllm",),  # its __init__ is documentation
     ("vllm.compat",),
-    ("vllm.tree_attention",),
+    ("vllm.cpu_kernels", "vllm.tree_attention"),
     ("vllm.kv_cache",),
     ("vllm.runner",),
     ("vllm.runner_v1",),
@@ -54,6 +54,7 @@ EXCEPTIONS: Mapping[Arrow, str] = {
     ("noise._gumbel_numba", "noise.gumbel"): "reads constants that get a module of their own",
     ("noise._gumbel_triton", "noise.gumbel"): "reads constants that get a module of their own",
     ("trees.batch", "step.draft_request"): "a type; Drafted belongs into step",
+    ("vllm.cpu_kernels.install", "vllm.cpu_kernels.prepare"): "needed() moves to a third module",
     ("vllm.kv_cache.compaction", "vllm.runner_v1.draft_loading"): "draft_layers moves down",
 }
 """Arrows between modules that are left out, each with the reason."""
@@ -72,7 +73,8 @@ def read(folders: Mapping[str, Path]) -> dict[Arrow, set[str]]:
     arrows: dict[Arrow, set[str]] = defaultdict(set)
     for module, path in files.items():
         arrows[module, module].add(NOW)
-        for name, how in _imports(ast.parse(path.read_text("utf-8")), NOW):
+        parent = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        for name, how in _imports(ast.parse(path.read_text("utf-8")), NOW, parent):
             parts = name.split(".")
             while parts and ".".join(parts) not in files:
                 parts.pop()
@@ -86,19 +88,21 @@ def _name(path: Path) -> tuple[str, ...]:
     return parts[:-1] if parts[-1] == "__init__" else parts
 
 
-def _imports(node: ast.AST, how: str) -> Iterator[tuple[str, str]]:
-    """Names of imported modules or of what is in them. Relative imports are ruff's."""
+def _imports(node: ast.AST, how: str, parent: str) -> Iterator[tuple[str, str]]:
+    """Names of imported modules or of what is in them. Relative ones are of ``parent``;
+    from further up ruff allows none."""
     for part in ast.iter_child_nodes(node):
         if isinstance(part, ast.Import):
             yield from ((alias.name, how) for alias in part.names)
-        elif isinstance(part, ast.ImportFrom) and part.module and not part.level:
-            yield from ((f"{part.module}.{alias.name}", how) for alias in part.names)
+        elif isinstance(part, ast.ImportFrom):
+            module = ".".join(filter(None, (parent if part.level else "", part.module)))
+            yield from ((f"{module}.{alias.name}", how) for alias in part.names)
         elif isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield from _imports(part, how or LAZY)
+            yield from _imports(part, how or LAZY, parent)
         elif isinstance(part, ast.If) and "TYPE_CHECKING" in ast.unparse(part.test):
-            yield from _imports(part, how or TYPING)
+            yield from _imports(part, how or TYPING, parent)
         else:
-            yield from _imports(part, how)
+            yield from _imports(part, how, parent)
 
 
 def short(module: str) -> str:

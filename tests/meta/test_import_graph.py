@@ -82,6 +82,12 @@ def test_circles_of_modules_are_found_in_one_folder(write: Write) -> None:
     assert problem == "modules import each other in a circle: low.a, low.b, low.c"
 
 
+@pytest.mark.parametrize("relative", ["from .b import x", "from . import b"])
+def test_relative_imports_count_too(relative: str, write: Write) -> None:
+    (problem,) = found(write(low__a=relative, low__b="import P.low.a"))
+    assert problem == "modules import each other in a circle: low.a, low.b"
+
+
 def test_a_part_may_name_the_type_of_the_whole(write: Write) -> None:
     typing = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import P.low.a"
     assert found(write(low__a="import P.low.b", low__b=typing)) == []

@@ -162,7 +162,7 @@ def test_code_is_named_by_the_operator_only() -> None:
         if isinstance(node, ast.Call)
         and ast.unparse(node.func).rpartition(".")[2] == "import_module"
     }
-    assert found == {"registry.py", "seams.py", "backend.py"}
+    assert found == {"registry.py", "seams.py", "backend.py", "install.py"}
 
 
 def test_no_file_names_a_folder_of_somebodys_machine() -> None:

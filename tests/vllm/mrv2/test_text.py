@@ -45,7 +45,7 @@ def truth(engine: Get, mix: Mix) -> list[list[int]]:
     ("name", "use"),
     [
         ("sync", "none"),
-        pytest.param("sync", "oracle", marks=pytest.mark.smoke),
+        ("sync", "oracle"),
         ("sync", "suffix"),
         ("async", "oracle"),
         ("async", "recycling"),

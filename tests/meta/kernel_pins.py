@@ -1,6 +1,6 @@
 """Prints the pins of the CPU twins for one vLLM, as in ``cpu_kernels/pinned.py``.
 
-    python tests/tools/kernel_pins.py [FOLDER]
+    python tests/meta/kernel_pins.py [FOLDER]
 
 FOLDER contains the package ``vllm``, such as an unpacked wheel; the installed vLLM if
 left out. Compare a changed kernel with its twin before changing its pin.
