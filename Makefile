@@ -1,12 +1,17 @@
 # Each target does its own set-up and reuses it: the first run makes .venv, later
 # ones remake it only when the locked versions or the packaging change.
 #
-#   make demo    speed and sameness of text on an embedded model
-#   make test    the test suite, two files at a time; ARGS="-k tree" goes to pytest
-#   make lint    ruff, formatting, types
-#   make fuzz    hostile drafts on real engines; ARGS="--workloads 500 --seed 1"
-#   make audit   the locked packages: consistent, and without known holes
-#   make clean   removes .venv and everything made
+#   make demo          speed and sameness of text on an embedded model
+#   make test          units, and an engine on each of vLLM's two runners
+#   make test-all      every test but the nightly ones
+#   make test-nightly  the rest of the grids
+#   make coverage      what no unit test runs
+#   make lint          ruff, formatting, types, the graph of imports
+#   make fuzz          hostile drafts on real engines; ARGS="--workloads 500 --seed 1"
+#   make audit         the locked packages: consistent, and without known holes
+#   make clean         removes .venv and everything made
+#
+# Tests run two at a time; ARGS="-k tree" goes to pytest.
 #
 # PYTHON chooses the interpreter (3.11 or newer) that .venv is made with. Bytecode
 # is made on first import: compiling all packages would double the set-up time.
@@ -19,31 +24,49 @@ LOCK := requirements/cpu.txt
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^torch==/&/p' $(LOCK))
 
-.PHONY: help demo test lint fuzz audit clean
+# Importing vLLM takes longer than most tests: these files are not even read.
+WITHOUT_VLLM := --ignore-glob='tests/vllm/test_*' $(addprefix --ignore=tests/vllm/,cpu_kernels interpreted mrv2)
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+.PHONY: help demo test test-all test-nightly coverage lint fuzz audit clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '4,9s/^#   //p' Makefile
+	@sed -n 's/^#   //p' Makefile
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) -m "unit or lint or smoke" $(WITHOUT_VLLM) $(ARGS)
+
+test-all: $(READY)
+	$(PYTEST) --durations=40 $(ARGS)
+
+test-nightly: $(READY)
+	$(PYTEST) -m nightly --durations=40 $(ARGS)
+
+coverage: $(READY)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n 2 --dist loadgroup -m unit $(WITHOUT_VLLM) $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/python tests/tools/typecheck.py
+	$(BIN)/python tests/meta/typecheck.py
+	$(BIN)/python tests/meta/import_graph.py
 
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
 audit: $(READY)
-	$(BIN)/python tests/tools/audit.py
+	$(BIN)/python tests/meta/audit.py
 
 clean:
 	rm -rf $(VENV) .typecheck .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -f .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): $(LOCK) pyproject.toml

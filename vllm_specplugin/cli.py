@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_specplugin import __version__
+from vllm_specplugin._version import __version__
 from vllm_specplugin.config import ROLES
 from vllm_specplugin.errors import ConfigError, SpecPluginError, complain
 from vllm_specplugin.tools.ab.cli import add_commands

@@ -85,21 +85,6 @@ def test_what_is_saved_is_read_again(tmp_path):
     assert config["tie_lm_head"] and config["base_model_name_or_path"] == "m"
 
 
-def test_vllm_reads_the_same_numbers_from_our_files(tmp_path):
-    """Names as vLLM maps them, without starting it."""
-    from vllm.model_executor.models.medusa import Medusa
-
-    save_heads(random_heads(), tmp_path)
-    from safetensors.torch import load_file
-
-    names = load_file(tmp_path / "medusa_lm_head.safetensors")
-    mapped = {Medusa._remap_old_checkpoint_key(name) for name in names}
-    wanted = {f"lm_heads.{k}.weight" for k in range(3)} | {
-        f"blocks.{k}.layers.0.{part}" for k in range(3) for part in ("weight", "bias")
-    }
-    assert mapped == wanted
-
-
 def test_original_lm_head_serves_all_heads(tmp_path):
     tensors = vllm_names()
     config = {"original_lm_head": True}

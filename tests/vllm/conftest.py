@@ -11,6 +11,7 @@ import pytest
 from vllm_specplugin import SCORERS
 from vllm_specplugin.tools.engine_client import EngineProcess
 
+from ..conftest import end, keep
 from .prompts import TARGET, code_prompts
 
 HERE = Path(__file__).parent
@@ -132,9 +133,9 @@ SWITCH = {
 
 
 @pytest.fixture(scope="session")
-def engine() -> Iterator[Callable[[str], Engine]]:
-    """Starts an engine on first use and keeps it for the session."""
-    started: dict[str, Engine] = {}
+def engine(pytestconfig: pytest.Config) -> Iterator[Callable[[str], Engine]]:
+    """Starts an engine on first use and keeps it for the tests that share it."""
+    started = keep(pytestconfig)
 
     def get(name: str) -> Engine:
         if name not in started:
@@ -143,11 +144,12 @@ def engine() -> Iterator[Callable[[str], Engine]]:
                 if name == "vllm"
                 else start(name, SWITCH, **ENGINES[name])
             )
-        return started[name].wait_until_ready()
+        one = started[name].wait_until_ready()
+        assert isinstance(one, Engine)
+        return one
 
     yield get
-    for one in started.values():
-        one.close()
+    end(started)
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from vllm_specplugin._version import __version__
 from vllm_specplugin.api import EngineInfo, StepOutcome
 from vllm_specplugin.errors import ConfigError, SpecPluginError, complain
 from vllm_specplugin.trees.batch import Drafted
@@ -78,8 +79,6 @@ class TraceWriter:
     def __init__(
         self, path: Path, limit_mb: float, config: Mapping[str, Any], engine: EngineInfo
     ) -> None:
-        from vllm_specplugin import __version__
-
         self._path = path
         self._limit = int(limit_mb * 1e6)
         self.failed = False

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from vllm_specplugin import __version__
+from vllm_specplugin._version import __version__
 from vllm_specplugin.config import CONFIG_KEY, SpecConfig
 from vllm_specplugin.errors import ConfigError, UnsupportedError, complain
 from vllm_specplugin.vllm.compat.log_setup import log_as_vllm_does

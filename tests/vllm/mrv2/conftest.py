@@ -11,6 +11,7 @@ import pytest
 from vllm_specplugin import SCORERS
 from vllm_specplugin.tools.engine_client import EngineProcess
 
+from ...conftest import end, keep
 from ..prompts import MODELS, code_prompts
 
 TESTS = Path(__file__).parents[2]
@@ -95,9 +96,9 @@ def start(name: str) -> EngineProcess:
 
 
 @pytest.fixture(scope="session")
-def engine() -> Iterator[Callable[[str], EngineProcess]]:
-    """Starts an engine on first use and keeps it for the session."""
-    started: dict[str, EngineProcess] = {}
+def engine(pytestconfig: pytest.Config) -> Iterator[Callable[[str], EngineProcess]]:
+    """Starts an engine on first use and keeps it for the tests that share it."""
+    started = keep(pytestconfig)
 
     def get(name: str) -> EngineProcess:
         if name not in started:
@@ -105,8 +106,7 @@ def engine() -> Iterator[Callable[[str], EngineProcess]]:
         return started[name].wait_until_ready()
 
     yield get
-    for one in started.values():
-        one.close()
+    end(started)
 
 
 @pytest.fixture(scope="session")

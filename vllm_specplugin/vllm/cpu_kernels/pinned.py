@@ -1,6 +1,6 @@
 """Digests of the kernels that the twins were written for, by series of vLLM.
 
-Made by ``tests/tools/kernel_pins.py``. Before changing a pin, compare the changed
+Made by ``tests/meta/kernel_pins.py``. Before changing a pin, compare the changed
 kernel with its twin and run ``tests/vllm/cpu_kernels``.
 """
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from vllm_specplugin import __version__
+from vllm_specplugin._version import __version__
 from vllm_specplugin.config import CONFIG_KEY
 
 __all__ = ["StatusEndpoint"]

@@ -8,7 +8,7 @@ import os
 import platform
 from typing import Any
 
-from vllm_specplugin import __version__
+from vllm_specplugin._version import __version__
 from vllm_specplugin.api import EngineInfo
 from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.noise.gumbel import PHILOX
