@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView
+from vllm_specplugin.api import EngineInfo, ProposeContext, ProposerBase, RequestView
 from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
 __all__ = [
@@ -60,7 +60,7 @@ Ints = npt.NDArray[np.int64]
 Rng = np.random.Generator
 
 
-class Adversary:
+class Adversary(ProposerBase):
     """Drafts for each request as its ``extra_args["fuzz"]`` says."""
 
     def __init__(self, config: None, engine: EngineInfo) -> None:

@@ -79,8 +79,8 @@ class SpecState:
         """Hash of the last step's trees, where there are several ranks."""
         self.draft_model: PagedDraftModel | None = None
         """Beside the runner from the time its caches exist, if it has one."""
-        self.follows_native = bool(getattr(proposer, "native", False))
-        self.couples_native = bool(getattr(proposer, "couples", False))
+        self.follows_native = proposer.needs.vllm_drafter
+        self.couples_native = proposer.needs.coupled_drafter
         """Whether vLLM's drafter is to choose with the requests' noise."""
         self.native: NativeCall | NativeDraftsV2 | None = None
         """The call of vLLM's drafter that is due in this step."""

@@ -158,7 +158,7 @@ class HostSide:
             req_ids=batch.req_ids,
             history=lambda index: texts.of(int(slots[index])),
             choose=rows.draw,
-            **({} if probs is None else vars(probs)),
+            draft_probs=probs,
         )
 
     def _drawn_from(self, req_id: str, tree: Any) -> DraftProbs | None:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from vllm.v1.outputs import DraftTokenIds
 
-from vllm_specplugin.noise.gumbel import MURMUR
+from vllm_specplugin.api import NoiseKind
 from vllm_specplugin.vllm.runner.async_step import DeviceSide
 from vllm_specplugin.vllm.runner.sampling import TreeRejectionSampler, TreeSampler
 from vllm_specplugin.vllm.runner.speculator import TreeSpeculator
@@ -87,7 +87,7 @@ class TreeRunnerV2:
     """Mixed into vLLM's runner class by the worker."""
 
     spec: SpecState
-    spec_noise = MURMUR
+    spec_noise = NoiseKind.MURMUR
     spec_side: HostSide | DeviceSide
     spec_requests: dict[str, Any]
     """Request id to vLLM's ``NewRequestData``."""

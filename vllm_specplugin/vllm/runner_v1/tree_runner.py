@@ -184,7 +184,7 @@ class TreeRunnerV1:
             seeds=np.array([spec.seeds[r] for r in req_ids], dtype=np.uint64),
             req_ids=req_ids,
             history=self._known_tokens,
-            **({} if probs is None else vars(probs)),
+            draft_probs=probs,
         )
         result = score(spec, batch)
         show_rows(self, top, result)
