@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from vllm_specplugin import ConfigError
-from vllm_specplugin.api import EngineInfo, StepOutcome
 from vllm_specplugin.bundle import write_bundle
 from vllm_specplugin.cli import main
 from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.redaction import configuration, environment, log_lines
 from vllm_specplugin.step.trace import TraceWriter
+from vllm_specplugin.testing import engine_info, step_outcome
 from vllm_specplugin.trees.batch import Drafted, Forest
 from vllm_specplugin.trees.tree import DraftTree
 
@@ -65,7 +65,7 @@ RuntimeError: {SECRET}
 
 @pytest.fixture
 def trace(tmp_path):
-    engine = EngineInfo(vocab_size=60_000, max_model_len=128, max_num_seqs=2, max_nodes=4)
+    engine = engine_info(vocab_size=60_000, max_model_len=128, max_num_seqs=2, max_nodes=4)
     options = {"proposer": {"min_survival": 0.2}}
     config = SpecConfig(trace=f"{HOME}/x.trace", options=options).to_dict()
     config["options"]["proposer"]["model"] = f"{HOME}/model"
@@ -79,20 +79,7 @@ def trace(tmp_path):
         ends=np.array([20]),
         kept=np.array([True, True, False]),
     )
-    told = StepOutcome(
-        req_ids=["cmpl-77"],
-        num_tokens=[20],
-        drafted=[2],
-        deepest=[2],
-        accepted=[1],
-        foreseen=[1],
-        masked=0,
-        prompt_tokens=0,
-        seconds=0.01,
-        gap_seconds=0.0,
-        draft_requests=1,
-        draft_seconds=0.001,
-    )
+    told = step_outcome([2], [1], req_ids=["cmpl-77"], num_tokens=[20], draft_seconds=0.001)
     writer.step(told, np.array([[TOKENS[0], TOKENS[1]]]), {}, drafted)
     writer.close()
     return tmp_path / "x.trace"

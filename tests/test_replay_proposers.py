@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from vllm_specplugin import EMPTY_TREE, DraftTree
+from vllm_specplugin.api import Needs, ProposerBase
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -25,10 +26,10 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
         sys.modules.pop(name, None)
 
 
-class Knows:
+class Knows(ProposerBase):
     """Drafts the next tokens of texts that count up, with a wrong twin beside."""
 
-    needs_top = 2
+    needs = Needs(top_tokens=2)
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
@@ -36,7 +37,7 @@ class Knows:
         self.released: list[str] = []
         self.hidden: list[float] = []
 
-    def observe_rows(self, tokens, top, emitted):
+    def observe_rows(self, tokens, top, emitted, scope=""):
         assert top.shape == (len(tokens), 2)
         self.rows += zip(tokens.tolist(), top[:, 0].tolist(), emitted.tolist())
 

@@ -225,20 +225,20 @@ def trim_context(
 def step_outcome(
     drafted: Sequence[int],
     accepted: int | Sequence[int] = 0,
+    seconds: float = 0.01,
     *,
     req_ids: Sequence[str] | None = None,
     num_tokens: int | Sequence[int] = 100,
-    seconds: float = 0.01,
     **changes: Any,
 ) -> StepOutcome:
     """What happened in one verified step.
 
     Args:
         drafted: nodes verified of each request.
-        accepted: nodes accepted of all requests, or of each, as is the next but one.
-        req_ids: ``"0"``, ``"1"``, ... by default.
-        num_tokens: context length.
+        accepted: nodes accepted of all requests, or of each.
         seconds: that the step took.
+        req_ids: ``"0"``, ``"1"``, ... by default.
+        num_tokens: context length of all requests, or of each.
         changes: further fields of :class:`~vllm_specplugin.StepOutcome`. Trees are
             chains by default, and every request was drafted for.
     """
