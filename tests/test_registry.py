@@ -82,7 +82,7 @@ def test_its_own_members_win(own):
         ({"knows_scopes": True}, r"knows_scopes: .* write separates_scopes = True"),
         (
             {"needs_hiden": True},
-            r"needs_hiden, which .* write needs = Needs\(\.\.\.\) with top_tok",
+            r"needs_hiden, which .* write needs = Needs\(\.\.\.\) with top",
         ),
         ({"need": Needs(hidden=True)}, r"\.need, which the engine does not know"),
     ],

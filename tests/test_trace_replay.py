@@ -50,7 +50,7 @@ class Guesser(ProposerBase):
 def record(path, policy, options=None, *, requests=3, length=60, limit=5.0, greedy=True):
     """An engine in which a step takes 20 ms and 1 ms per row."""
     made = build(SpecConfig(policy=policy, options={"policy": options or {}}), "policy", ENGINE)
-    drafter = Drafter(Guesser(), made, SpecConfig(), ENGINE, SpecMetrics())
+    drafter = Drafter(Guesser(None, ENGINE), made, SpecConfig(), ENGINE, SpecMetrics())
     drafter.trace = TraceWriter(path, limit, {"policy": policy}, ENGINE)
     at = dict.fromkeys(range(requests), PROMPT)
     trees: dict[int, DraftTree] = {}
