@@ -4,6 +4,7 @@
 #   make demo    speed and sameness of text on an embedded model
 #   make test    the test suite, two files at a time; ARGS="-k tree" goes to pytest
 #   make lint    ruff, formatting, types
+#   make fuzz    hostile drafts on real engines; ARGS="--workloads 500 --seed 1"
 #   make audit   the locked packages: consistent, and without known holes
 #   make clean   removes .venv and everything made
 #
@@ -18,14 +19,14 @@ LOCK := requirements/cpu.txt
 READY := $(VENV)/.ready
 TORCH := $(shell sed -n 's/^torch==/&/p' $(LOCK))
 
-.PHONY: help demo test lint audit clean
+.PHONY: help demo test lint fuzz audit clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '4,8s/^#   //p' Makefile
+	@sed -n '4,9s/^#   //p' Makefile
 
 demo: $(READY)
-	$(BIN)/specplugin demo $(ARGS)
+	$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
@@ -34,6 +35,9 @@ lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python tests/tools/typecheck.py
+
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 audit: $(READY)
 	$(BIN)/python tests/tools/audit.py

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does speculation pay for a model? bash ab.sh MODEL [further flags of specplugin ab]
 # Each variant has its own engine; all take turns on the same prompts and seeds.
-# The report is written to ab-report/report.html, .md and .json.
+# The report is written to ab-report/report.md and report.json.
 set -euo pipefail
 model=${1:?usage: ab.sh MODEL [flags]}
 shift

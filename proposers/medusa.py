@@ -12,7 +12,7 @@ those that the target will choose if it agrees with the head, by the same noise
     best-first by the product of this context's estimates.
 ``static``
     the same tree for every context: best-first by the product of accuracies by
-    head and rank, as ``specplugin calibrate-heads`` measured them.
+    head and rank, as ``examples/train_heads`` measured them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vllm_specplugin.api import (
 )
 from vllm_specplugin.config import option
 from vllm_specplugin.errors import ConfigError, complain
-from vllm_specplugin.heads.calibration import HeadCalibration
+from vllm_specplugin.heads.accuracies import HeadCalibration
 from vllm_specplugin.heads.medusa import find_heads, load_heads
 from vllm_specplugin.proposers._medusa.device import DeviceMedusa
 from vllm_specplugin.proposers._medusa.product_tree_numba import explore
@@ -66,7 +66,7 @@ class MedusaProposer(ProposerBase):
             True, "use the request's noise to choose candidates at temperature > 0"
         )
         calibration: str = option(
-            "", "file of `specplugin calibrate-heads`; else what lies beside the heads"
+            "", "calibration.json to read; by default the one beside the heads"
         )
 
         def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class MedusaProposer(ProposerBase):
                         "proposer 'medusa' without heads",
                         "a folder, file or hub id of heads for the target",
                         """give it: --spec-options '{"proposer": {"model": "..."}}', """
-                        "or train them with `specplugin train-heads`",
+                        "or train them with examples/train_heads",
                     )
                 )
 
@@ -175,7 +175,7 @@ def _calibration(config: MedusaProposer.Config, path: Path, heads: int) -> HeadC
                 complain(
                     f"tree 'static' and no calibration of the heads in {folder}",
                     "their accuracies, measured",
-                    "run `specplugin calibrate-heads`, or use tree 'dynamic'",
+                    "measure with examples/train_heads, or use tree 'dynamic'",
                 )
             )
         found = HeadCalibration.unmeasured(heads)

@@ -97,4 +97,4 @@ def test_code_is_named_by_the_operator_only() -> None:
         for name, _ in calls(path)
         if name.rpartition(".")[2] == "import_module"
     }
-    assert found == {"registry.py", "seams.py", "backend.py", "flashinfer.py"}
+    assert found == {"registry.py", "seams.py", "backend.py"}

@@ -63,16 +63,8 @@ class Proposer(ProposerBase):
 
 
 def request(req_id, limit=8, max_depth=8, chain_only=False):
-    def view(nodes):
-        return request_view(req_id, [1, 2, 3], max_nodes=nodes, max_depth=max_depth, seed=0)
-
     return DraftRequest(
-        view=view,
-        req_id=req_id,
-        limit=limit,
-        num_tokens=3,
-        greedy=True,
-        options={},
+        view=request_view(req_id, [1, 2, 3], max_nodes=limit, max_depth=max_depth, seed=0),
         chain_only=chain_only,
     )
 

@@ -72,6 +72,10 @@ def test_only_one_folder_imports_vllm() -> None:
     assert offenders("", "vllm", but="vllm_specplugin/vllm/") == []
 
 
+def test_the_package_needs_nothing_beside_it() -> None:
+    assert offenders("", "examples", "tests") == []
+
+
 def test_proposers_scorers_and_policies_do_not_know_each_other() -> None:
     own = "vllm_specplugin"
     proposers, scorers, policies = (

@@ -87,8 +87,9 @@ def test_the_wheel_holds_every_source_file(wheel: list[str]) -> None:
     assert tops == {PACKAGE}
 
 
-def test_the_version_is_stated_once(settings: dict[str, Any]) -> None:
-    assert settings["project"]["version"] == vllm_specplugin.__version__
+def test_the_version_is_stated_once(settings: dict[str, Any], wheel: list[str]) -> None:
+    assert settings["project"]["dynamic"] == ["version"]
+    assert f"{PACKAGE}-{vllm_specplugin.__version__}.dist-info/METADATA" in wheel
 
 
 def test_vllm_finds_the_plugin() -> None:

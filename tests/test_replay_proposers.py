@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from examples.benchmarks import replay
 from vllm_specplugin import EMPTY_TREE, DraftTree
 from vllm_specplugin.api import Needs, ProposerBase
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    yield importlib.import_module("replay_proposers")
-    for name in ("replay_proposers", "bench_policies"):
-        sys.modules.pop(name, None)
 
 
 class Knows(ProposerBase):
@@ -57,20 +44,20 @@ class Knows(ProposerBase):
         self.released += req_ids
 
 
-def answers(script, count):
+def answers(count):
     tokens = np.arange(100, 120, dtype=np.int32)
-    top = np.tile(tokens[:, None] + 1, (1, script.TOP))
+    top = np.tile(tokens[:, None] + 1, (1, replay.TOP))
     hidden = torch.arange(20.0)[:, None]
-    return [script.Answer(tokens, 5, top, hidden) for _ in range(count)]
+    return [replay.Answer(tokens, 5, top, hidden) for _ in range(count)]
 
 
 @pytest.mark.parametrize(("depth", "rate"), [(0, 1.0), (1, 2.0), (6, 7.0)])
-def test_tokens_per_step(script, depth, rate):
+def test_tokens_per_step(depth, rate):
     proposer = Knows(depth)
     target = SimpleNamespace(lm_head=None)
-    replay = script.Replay(proposer, target, answers(script, 3), 16, 0.0)
+    replayed = replay.Replay(proposer, target, answers(3), 16, 0.0)
     # 14 tokens after the first, which the prompt's last row emits.
-    assert replay.run(2) == pytest.approx(14 / -(-14 // rate))
+    assert replayed.run(2) == pytest.approx(14 / -(-14 // rate))
     assert sorted(proposer.released) == ["0", "1", "2"]
     # Every row of the text once for each answer, with what came from it.
     shown = [row for row in proposer.rows if row[2] >= 0]

@@ -87,14 +87,11 @@ def record(path, policy, options=None, *, requests=3, length=60, limit=5.0, gree
 
 
 def request_at(request, position, greedy=True):
-    def view(nodes):
-        return request_view(
-            str(request), [0] * position, num_prompt_tokens=PROMPT, max_nodes=nodes, max_depth=8
-        )
-
     return DraftRequest(
-        view=view, req_id=str(request), limit=8, num_tokens=position,
-        greedy=greedy, options={},
+        view=request_view(
+            str(request), [0] * position, num_prompt_tokens=PROMPT, max_nodes=8, max_depth=8,
+            temperature=0.0 if greedy else 1.0, seed=0,
+        )
     )  # fmt: skip
 
 

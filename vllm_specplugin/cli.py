@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -12,8 +13,6 @@ from typing import Any
 from vllm_specplugin import __version__
 from vllm_specplugin.config import ROLES
 from vllm_specplugin.errors import ConfigError, SpecPluginError, complain
-from vllm_specplugin.fuzz.cli import add_command as add_fuzz_command
-from vllm_specplugin.heads.cli import add_commands as add_heads_commands
 from vllm_specplugin.tools.ab.cli import add_commands
 
 __all__ = ["main"]
@@ -26,6 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except SpecPluginError as error:
         print(f"specplugin: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("vllm_specplugin"):
+            raise
+        found = f"no module {error.name!r}"
+        remedy = 'pip install "vllm-specplugin[cuda]", or [cpu] without a GPU'
+        print(f"specplugin: {complain(found, 'vLLM and what it brings', remedy)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("specplugin: interrupted", file=sys.stderr)
@@ -43,36 +49,15 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=_list)
 
     doctor = commands.add_parser("doctor", help="check that the plugin would work here")
+    doctor.add_argument("--json", action="store_true", help="print JSON, for a bug report")
     doctor.add_argument(
-        "--bundle",
-        type=Path,
-        metavar="FILE",
-        help="write a .tar.gz for a bug report, without prompts, tokens and keys",
-    )
-    doctor.add_argument(
-        "--log", type=Path, action="append", default=[], metavar="FILE",
-        help="with --bundle: a log of vLLM's to take lines from; may be repeated",
-    )  # fmt: skip
-    doctor.add_argument(
-        "--trace", type=Path, metavar="FILE", help="with --bundle: take its last steps"
-    )
-    doctor.add_argument(
-        "--url", help="with --bundle: a running server to ask, http://localhost:8000"
+        "--url", help="with --json: add the status of a running server, http://localhost:8000"
     )
     doctor.set_defaults(run=_doctor)
 
-    demo = commands.add_parser(
-        "demo", help="measure speed and compare text on a small embedded model"
-    )
-    demo.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
-    demo.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default: 3)")
-    demo.add_argument("--max-tokens", type=int, default=48, help="tokens per request (default: 48)")
-    demo.set_defaults(run=_demo)
     _add_replay(commands)
     _add_tune(commands)
     _add_calibration(commands)
-    add_heads_commands(commands)
-    add_fuzz_command(commands)
     add_commands(commands)
     return parser
 
@@ -143,31 +128,24 @@ def _list(_: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from vllm_specplugin.vllm.doctor import examine
+    from vllm_specplugin.vllm.doctor import examine, facts
 
-    bad, lines = 0, []
+    if args.json:
+        with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to standard output
+            found = facts(list(examine()), args.url)
+        print(json.dumps(found, indent=1, default=str))
+        return 0 if found["works"] else 1
+    if args.url:
+        raise ConfigError(complain("--url", "--json beside it", "add it"))
+    bad = False
     for finding in examine():
         mark = "FAIL" if finding.bad else "ok"
-        lines.append(f"{mark:<5} {finding.subject}: {finding.text}")
-        print(lines[-1], flush=True)
+        print(f"{mark:<5} {finding.subject}: {finding.text}", flush=True)
         if finding.remedy:
             print(f"      to fix it: {finding.remedy}")
-        bad += finding.bad
+        bad |= finding.bad
     print("the plugin would not work here" if bad else "the plugin works here")
-    if args.bundle is not None:
-        from vllm_specplugin.bundle import write_bundle
-
-        names = write_bundle(args.bundle, lines, logs=args.log, trace=args.trace, url=args.url)
-        print(f"{args.bundle}: {', '.join(names)}; look through it before you send it")
-    elif args.log or args.trace or args.url:
-        raise ConfigError(complain("--log, --trace or --url", "--bundle FILE beside it", "add it"))
     return 1 if bad else 0
-
-
-def _demo(args: argparse.Namespace) -> int:
-    from vllm_specplugin.demo.run import demo
-
-    return demo(rounds=args.rounds, max_tokens=args.max_tokens, json_path=args.json)
 
 
 def _replay(args: argparse.Namespace) -> int:

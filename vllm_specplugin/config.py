@@ -164,17 +164,6 @@ class SpecConfig:
         "'shared': all with the same spec_cache_scope; 'request': nobody",
         choices=("tenant", "shared", "request"),
     )
-    full_graphs: bool = option(
-        False,
-        "let full CUDA graphs hold tree attention (second model runner, equally "
-        "many nodes for every request); not yet seen on a GPU",
-    )
-    tree_kernel: str = option(
-        "auto",
-        "what computes tree attention on a GPU: the Triton kernel, or FlashInfer "
-        "with synchronous scheduling; not yet seen on a GPU",
-        choices=("auto", "flashinfer"),
-    )
     log_interval: float = option(
         10.0, "seconds between the log lines of a busy worker; 0 for none", low=0
     )
@@ -226,14 +215,6 @@ class SpecConfig:
                     f"options {self.options!r}",
                     f"an object with keys among {', '.join(ROLES)}",
                     'write {"proposer": {...}, "policy": {...}}',
-                )
-            )
-        if self.full_graphs and self.tree_kernel == "flashinfer":
-            raise ConfigError(
-                complain(
-                    "full_graphs with tree_kernel 'flashinfer'",
-                    "the Triton kernel: FlashInfer plans on the host, step by step",
-                    "leave one of them out",
                 )
             )
         for role in ROLES:

@@ -1,8 +1,8 @@
 """Writes a larger Llama with the function of a small one.
 
-    python examples/models/inflate.py examples/models/target /tmp/large
+    python -m examples.models.inflate examples/models/target /tmp/large
 
-The method is described in ``vllm_specplugin/demo/inflate.py``.
+The method is described in ``examples/demo/inflate.py``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vllm_specplugin.demo.inflate import inflate
+from examples.demo.inflate import inflate
 from vllm_specplugin.errors import SpecPluginError
 
 

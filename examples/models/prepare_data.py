@@ -1,7 +1,7 @@
 """Writes training and held-out token ids from the standard library's sources.
 
-    python examples/models/prepare_data.py
-    python examples/models/prepare_data.py --train-tokenizer --tokenizer /tmp/tok
+    python -m examples.models.prepare_data
+    python -m examples.models.prepare_data --train-tokenizer --tokenizer /tmp/tok
 
 Reads the sources of the running Python and, with ``--packages``, of what is
 installed beside it. The files of ``held_out_names.txt`` go to ``held.npy`` and

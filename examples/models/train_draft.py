@@ -1,6 +1,6 @@
 """Trains the draft model: distils the target on the target's training text.
 
-    python examples/models/train_draft.py /tmp/draft --target /tmp/target
+    python -m examples.models.train_draft /tmp/draft --target /tmp/target
 
 The loss is KL(p || q) of the target's distribution p and the draft's q at every
 position, so the draft spreads its probability as the target does.
@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from training import HERE, WINDOW, autocast, new_llama, parser, settings, train
 from transformers import LlamaForCausalLM
+
+from examples.models.training import HERE, WINDOW, autocast, new_llama, parser, settings, train
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Trains an EAGLE or EAGLE-3 head for the target on the target's own outputs.
 
-    python examples/models/prepare_data.py
-    python examples/models/train_eagle.py /tmp/eagle
-    python examples/models/train_eagle.py /tmp/eagle3 --third
+    python -m examples.models.prepare_data
+    python -m examples.models.train_eagle /tmp/eagle
+    python -m examples.models.train_eagle /tmp/eagle3 --third
 
 The target's distribution p and last hidden state at every position are what a head
 is taught: ``KL(p || q)`` and, for EAGLE, the smooth L1 distance of its output to the
@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from training import HERE, WINDOW, Settings, batches, load_ids
 from transformers import LlamaForCausalLM
 
-from vllm_specplugin.heads.eagle import EagleHead, EagleShape, save_eagle
+from examples.models.training import HERE, WINDOW, Settings, batches, load_ids
+from examples.train_heads.eagle import EagleHead, EagleShape, save_eagle
 
 DECAY = 0.8
 LAYERS = (2, 4, 5)

@@ -1,9 +1,9 @@
 """Trains Medusa heads for the target on the target's training text.
 
-    python examples/models/prepare_data.py
-    python examples/models/train_medusa.py /tmp/medusa
+    python -m examples.models.prepare_data
+    python -m examples.models.train_medusa /tmp/medusa
 
-The same as ``specplugin train-heads`` on your own model and text, with the
+The same as ``python -m examples.train_heads train`` on your own model and text, with the
 embedded target's files. The heads share one lm_head, which keeps the file small.
 """
 
@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vllm_specplugin.heads.target import load_target, read_tokens
-from vllm_specplugin.heads.train import TrainSettings, train_heads
+from examples.train_heads.target import load_target, read_tokens
+from examples.train_heads.train import TrainSettings, train_heads
 
 HERE = Path(__file__).parent
 

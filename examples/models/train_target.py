@@ -1,7 +1,7 @@
 """Trains the target: next-token prediction on Python source.
 
-    python examples/models/prepare_data.py
-    python examples/models/train_target.py /tmp/target
+    python -m examples.models.prepare_data
+    python -m examples.models.train_target /tmp/target
 
 ``--tokens 20e3`` only checks that it runs.
 """
@@ -13,7 +13,8 @@ from itertools import islice
 
 import torch
 from torch import Tensor
-from training import WINDOW, autocast, new_llama, parser, settings, train
+
+from examples.models.training import WINDOW, autocast, new_llama, parser, settings, train
 
 
 def main() -> None:

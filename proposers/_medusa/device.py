@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from vllm_specplugin.api.device_proposer import DeviceContext
-from vllm_specplugin.heads.calibration import HeadCalibration
+from vllm_specplugin.heads.accuracies import HeadCalibration
 from vllm_specplugin.heads.medusa import MedusaHeads
 from vllm_specplugin.noise.murmur import gumbel_tensor
 from vllm_specplugin.proposers._model_tree.growth import Shape

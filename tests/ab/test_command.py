@@ -154,7 +154,7 @@ def test_the_command_measures_and_writes(monkeypatch, capsys, model, tmp_path):
     arguments = ["ab", f"--model={model}", f"--out={out}", "--rounds=3", "--batch", "2"]
     assert main(arguments) == 0
     assert "suffix+exact+goodput" in capsys.readouterr().out
-    assert {path.name for path in out.iterdir()} == {"report.html", "report.json", "report.md"}
+    assert {path.name for path in out.iterdir()} == {"report.json", "report.md", "report.svg"}
 
 
 def test_where_nothing_could_be_compared_the_command_fails(monkeypatch, capsys, model, tmp_path):

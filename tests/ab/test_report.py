@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from vllm_specplugin.errors import SpecPluginError
+from vllm_specplugin.tools.ab import command
 from vllm_specplugin.tools.ab.command import write_report
 from vllm_specplugin.tools.ab.compare import compare_reports, report_command
 from vllm_specplugin.tools.ab.explain import Parts, changes, explain_command, explain_report
@@ -18,6 +20,7 @@ from vllm_specplugin.tools.ab.report import ReportError, build_report, read_repo
 from vllm_specplugin.tools.ab.report_md import markdown
 from vllm_specplugin.tools.ab.text_equality import difference, divergence
 from vllm_specplugin.tools.ab.variants import parse_variants
+from vllm_specplugin.tools.plots import plot_ratios
 
 PROMPTS = PromptSet("builtin:code", ["a", "b"])
 SPECS = ("baseline", "vllm:ngram", "suffix", "suffix+typical", "bad=vllm:eagle")
@@ -152,6 +155,20 @@ def test_markdown_says_everything_that_matters():
     assert "log-probability +0.10 per token" in text
     assert "no such <model>\nsecond line" in text
     assert PROMPTS.sha256[:16] in text
+    assert "| batch 8, T=1 | suffix | 90% | 60% |" in text
+    assert "| batch 8, T=1 | suffix | 25.00 | 2.50 | 5.00 | 7.50 |" in text
+
+
+def test_the_picture_is_drawn_where_matplotlib_is_installed(tmp_path, monkeypatch):
+    write_report(report(), tmp_path / "with")
+    root = ElementTree.parse(tmp_path / "with" / "report.svg").getroot()
+    assert root.tag.endswith("svg")
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    write_report(report(), tmp_path / "without")
+    names = {path.name for path in (tmp_path / "without").iterdir()}
+    assert names == {"report.json", "report.md"}
+    plot_ratios({**report(), "cells": []}, tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
 
 
 def test_served_load_has_latencies():

@@ -194,4 +194,4 @@ def test_real_servers_under_vllms_own_load(tmp_path):
             assert row["drafts"]["drafts"] > 0
         text = rows(report, cell)["suffix"]["text"]["compared"]
         assert [(one["to"], one["identical"]) for one in text] == [("vllm:ngram", 4)]
-    assert "TTFT" in (tmp_path / "report.html").read_text()
+    assert "TTFT" in (tmp_path / "report.md").read_text()

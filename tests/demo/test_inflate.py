@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from vllm_specplugin.demo import inflate as module
-from vllm_specplugin.demo.inflate import inflate, inflated_model
-from vllm_specplugin.demo.models import model_path
+from examples.demo import inflate as module
+from examples.demo.inflate import inflate, inflated_model
+from examples.demo.models import model_path
 from vllm_specplugin.errors import SpecPluginError, UnsupportedError
 
 # Wider, deeper, more heads and more neurons, yet quick to make.

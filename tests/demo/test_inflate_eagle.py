@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from vllm_specplugin.demo import inflate_eagle as module
-from vllm_specplugin.demo.inflate import inflate
-from vllm_specplugin.demo.inflate_eagle import inflate_eagle, inflated_eagle
-from vllm_specplugin.demo.models import model_path
-from vllm_specplugin.heads.eagle import load_eagle
+from examples.demo import inflate_eagle as module
+from examples.demo.inflate import inflate
+from examples.demo.inflate_eagle import inflate_eagle, inflated_eagle
+from examples.demo.models import model_path
+from examples.train_heads.eagle import load_eagle
 
 SHAPE = {"hidden": 640, "intermediate": 768}
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vllm_specplugin.demo.inflate import inflate
-from vllm_specplugin.demo.inflate_heads import inflated_heads
+from examples.demo.inflate import inflate
+from examples.demo.inflate_heads import inflated_heads
 from vllm_specplugin.heads.medusa import HeadShape, MedusaHeads, load_heads, save_heads
 
 

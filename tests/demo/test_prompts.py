@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from vllm_specplugin.demo.models import model_path
+from examples.demo.models import model_path
 from vllm_specplugin.errors import ConfigError, SpecPluginError
 from vllm_specplugin.tools.held_out_prompts import (
     held_out_files,
@@ -78,12 +78,6 @@ def test_too_few_prompts_are_an_error_that_says_what_to_do(target: Path, tmp_pat
         held_out_prompts(target, 1, LENGTH, library=tmp_path)
 
 
-def test_models_are_found_in_the_folder_the_operator_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text("{}")
-    monkeypatch.setenv("SPECPLUGIN_MODELS", str(tmp_path))
-    assert model_path("other") == tmp_path / "other"
-    with pytest.raises(ConfigError, match=r"no model 'target' .* SPECPLUGIN_MODELS"):
-        model_path("target")
+def test_a_model_that_is_not_embedded_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"no model 'other' .* check the name"):
+        model_path("other")

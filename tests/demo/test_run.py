@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 
-from vllm_specplugin.demo import run as module
-from vllm_specplugin.demo.run import demo
+from examples.demo import run as module
+from examples.demo.run import demo
 from vllm_specplugin.tools.ab import measure as measuring
 
 from ..ab.fakes import FakeEngine

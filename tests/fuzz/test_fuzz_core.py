@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
+from tests.fuzz.__main__ import main
+from tests.fuzz.adversary import FAULTY, MODES, PATH, Adversary
+from tests.fuzz.campaign import Plan, campaign
+from tests.fuzz.compare import compare
+from tests.fuzz.generate import make_frame, make_workload
+from tests.fuzz.shrink import shrink
+from tests.fuzz.workload import Case, Frame, Request, Workload
 from vllm_specplugin import PROPOSERS
 from vllm_specplugin.api import ProposeContext, RequestView
-from vllm_specplugin.cli import main
 from vllm_specplugin.errors import ConfigError
-from vllm_specplugin.fuzz.adversary import FAULTY, MODES, PATH, Adversary
-from vllm_specplugin.fuzz.campaign import Plan, campaign
-from vllm_specplugin.fuzz.compare import compare
-from vllm_specplugin.fuzz.generate import make_frame, make_workload
-from vllm_specplugin.fuzz.shrink import shrink
-from vllm_specplugin.fuzz.workload import Case, Frame, Request, Workload
 from vllm_specplugin.testing import engine_info
 from vllm_specplugin.testing import request as request_view
 from vllm_specplugin.tools.engine_client import EngineError
@@ -212,7 +212,7 @@ def test_faulty_drafts_are_faulty(mode: str) -> None:
 
 
 def play(case: Case, bug: Any = lambda one: False) -> tuple[Any, Any]:
-    from vllm_specplugin.fuzz.workload import plain
+    from tests.fuzz.workload import plain
 
     engine = FakeEngine(bug)
     work = plain(case.workload)
@@ -384,5 +384,5 @@ def test_figures_add_up() -> None:
 def test_the_command_reads_reproducers(tmp_path: Path, capsys: Any) -> None:
     broken = tmp_path / "x.json"
     broken.write_text("[]")
-    assert main(["fuzz", "--workload", str(broken)]) == 2
-    assert "give a file that specplugin fuzz wrote" in capsys.readouterr().err
+    assert main(["--workload", str(broken)]) == 2
+    assert "give a file that the fuzzer wrote" in capsys.readouterr().err

@@ -13,14 +13,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from bench_draft_model import measure
-from bench_drafters import DRAFT, drafters, settings
-from bench_policies import PLAIN
-
-from vllm_specplugin.demo.inflate import inflated_model
-from vllm_specplugin.demo.models import model_path
-from vllm_specplugin.demo.workloads import workload
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from examples.benchmarks.draft_model import measure
+from examples.benchmarks.drafters import DRAFT, drafters, settings
+from examples.benchmarks.policies import PLAIN
+from examples.demo.inflate import inflated_model
+from examples.demo.models import model_path
+from examples.demo.workloads import workload
 from vllm_specplugin.tools.engine_client import EngineProcess
 
 __all__ = ["SHAPES", "equality", "expected", "graphs", "speed"]

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -129,8 +128,6 @@ def _checks(device: str, small: bool) -> Iterator[Callable[[], dict[str, Any]]]:
     for name, whole in (("fp8 cache", False), ("fp8 cache and query", True)):
         quantised = partial(_quantised, device, whole)
         yield partial(_row, name, torch.bfloat16, True, quantised)
-    if device == "cuda" and find_spec("flashinfer") is not None:
-        yield from _flashinfer(plain)
 
 
 def compare(
@@ -166,29 +163,6 @@ def _quantised(device: str, query_too: bool) -> tuple[Any, dict[str, Any]]:
         key_cache=call.key_cache.to(stored),
         value_cache=call.value_cache.to(stored),
     ), {"k_scale": half, "v_scale": half, "q_scale": half if query_too else None}
-
-
-def _flashinfer(plain: Any) -> Iterator[Callable[[], dict[str, Any]]]:
-    """FlashInfer's masks, where it is installed; the first compiles for minutes."""
-    from vllm_specplugin.vllm.tree_attention.flashinfer import FlashInferTrees
-
-    def attention(**arguments: Any) -> Any:
-        trees = FlashInferTrees(arguments["query"].device, 394 << 20)
-        return trees.tree_attention(**arguments)
-
-    base = paged.Case(
-        contexts=(7, 1023, 1024, 5000),
-        causal=(1, 1, 2, 1),
-        nodes=(16, 63, 0, 31),
-        heads=32,
-        kv_heads=8,
-    )
-    for size, dtype in ((128, torch.bfloat16), (64, torch.float16)):
-        case = paged.replace(base, head_size=size, dtype=dtype)
-        name = f"FlashInfer {str(dtype)[6:]} head {size}"
-        for all_rows in (False, True):
-            made = partial(plain, case)
-            yield partial(_row, name, dtype, all_rows, made, attention)
 
 
 def _caches(device: str, layers: int, heads: int, size: int) -> list[torch.Tensor]:

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from examples.train_heads import __main__ as cli
+from examples.train_heads.__main__ import expected_tokens, main
+from examples.train_heads.calibration import _SPREADS, _losses, calibrate_heads
+from examples.train_heads.target import load_target
 from tests.heads.conftest import VOCAB, regular_text
-from vllm_specplugin.cli import main
-from vllm_specplugin.heads.calibration import _SPREADS, HeadCalibration, _losses, calibrate_heads
-from vllm_specplugin.heads.cli import expected_tokens
+from vllm_specplugin.heads.accuracies import HeadCalibration
 from vllm_specplugin.heads.medusa import HeadShape, MedusaHeads, save_heads
-from vllm_specplugin.heads.target import load_target
 from vllm_specplugin.noise.gumbel import gumbel
 
 TEXT = regular_text(4_000, 9)
@@ -118,12 +119,10 @@ def test_tokens_per_step_of_a_static_tree():
 
 
 def test_the_command(tiny, tmp_path, capsys, monkeypatch):
-    from vllm_specplugin.heads import cli
-
     save_heads(copies(2), tmp_path / "heads")
     (tmp_path / "prompts.txt").write_text("\n".join("abcdefgh"))
     monkeypatch.setattr(cli, "_tokenize", lambda model, texts, most: PROMPTS)
-    command = ["calibrate-heads", "--model", tiny, "--heads", str(tmp_path / "heads"),
+    command = ["calibrate", "--model", tiny, "--heads", str(tmp_path / "heads"),
                "--prompts", str(tmp_path / "prompts.txt"), "--max-tokens", "8",
                "--device", "cpu"]  # fmt: skip
     assert main(command) == 0

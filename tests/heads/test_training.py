@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from examples.train_heads import train as training
+from examples.train_heads.__main__ import main
+from examples.train_heads.target import load_target, read_tokens
+from examples.train_heads.train import TrainSettings, evaluate, new_heads, train_heads
 from tests.heads.conftest import VOCAB, regular_text
 from vllm_specplugin import ConfigError, UnsupportedError
-from vllm_specplugin.cli import main
-from vllm_specplugin.heads import train as training
 from vllm_specplugin.heads.medusa import load_heads
-from vllm_specplugin.heads.target import load_target, read_tokens
-from vllm_specplugin.heads.train import TrainSettings, evaluate, new_heads, train_heads
 from vllm_specplugin.tools.prompt_files import PromptFileError
 
 IDS, HELD = regular_text(20_000, 2), regular_text(2_000, 3)
@@ -147,12 +147,12 @@ def test_settings_out_of_range(values, message):
 
 def test_the_command(tiny, tmp_path, capsys):
     np.save(tmp_path / "text.npy", IDS)
-    command = ["train-heads", "--model", tiny, "--data", str(tmp_path / "text.npy"),
+    command = ["train", "--model", tiny, "--data", str(tmp_path / "text.npy"),
                "--out", str(tmp_path / "out"), "--heads", "2", "--window", "32",
                "--tokens", "5e3", "--device", "cpu"]  # fmt: skip
     assert main(command) == 0
     shown = capsys.readouterr()
-    assert "head  same argmax" in shown.out and "calibrate-heads" in shown.out
+    assert "head  same argmax" in shown.out and "train_heads calibrate" in shown.out
     assert "19/19" in shown.err  # the bar
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["base_model_name_or_path"] == tiny

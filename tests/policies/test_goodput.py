@@ -92,11 +92,8 @@ class Engine:
             self.tokens.append(requests + sum(accepted))
 
     def _request(self, name):
-        def view(nodes):
-            return request(name, [0] * 10, max_nodes=nodes, max_depth=64, temperature=1.0, seed=0)
-
         return DraftRequest(
-            view=view, req_id=name, limit=32, num_tokens=10, greedy=False, options={}
+            view=request(name, [0] * 10, max_nodes=32, max_depth=64, temperature=1.0, seed=0)
         )
 
     def goodput(self, first, last=None):

@@ -14,7 +14,7 @@ from tests.proposers.fake_heads import HIDDEN, VOCAB, heads_folder, random_heads
 from vllm_specplugin import EMPTY_TREE, ConfigError
 from vllm_specplugin.api import ProposeContext, TargetRows
 from vllm_specplugin.config import parse_options
-from vllm_specplugin.heads.calibration import HeadCalibration
+from vllm_specplugin.heads.accuracies import HeadCalibration
 from vllm_specplugin.heads.medusa import save_heads
 from vllm_specplugin.noise.gumbel import gumbel
 from vllm_specplugin.proposers._medusa.product_tree_numba import explore
@@ -193,7 +193,7 @@ def test_measured_spread_is_used(tmp_path):
     [
         ({"model": ""}, r"without heads: expected a folder, file or hub id"),
         ({"model": "./nowhere"}, r"no Medusa heads at './nowhere'"),
-        ({"tree": "static"}, r"'static' and no calibration.*calibrate-heads"),
+        ({"tree": "static"}, r"'static' and no calibration.*train_heads"),
         ({"tree": "round"}, r"tree='round'.*one of dynamic, static"),
         ({"calibration": "./no.json"}, r"calibration no.json.*measure again"),
     ],

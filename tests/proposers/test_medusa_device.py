@@ -14,7 +14,7 @@ from tests.proposers.test_medusa import draft, hidden, make, paths_of
 from vllm_specplugin import NoiseKind
 from vllm_specplugin.api import TargetRows
 from vllm_specplugin.api.device_proposer import DeviceContext, OffersDevice
-from vllm_specplugin.heads.calibration import HeadCalibration
+from vllm_specplugin.heads.accuracies import HeadCalibration
 from vllm_specplugin.heads.medusa import save_heads
 from vllm_specplugin.proposers._medusa.device import product_trees
 from vllm_specplugin.proposers._medusa.product_tree_numba import explore

@@ -82,7 +82,7 @@ def statistic(scorer, batch: ScoreBatch) -> float:
 
 def make(name: str):
     factory = SCORERS.get(name)
-    config = getattr(factory, "Config", None)
+    config = factory.Config
     return factory(config() if config else None, ENGINE)
 
 

@@ -1,10 +1,11 @@
-"""Runs mypy on the package as it installs.
+"""Runs mypy on the package as it installs, and on the programs beside it.
 
     python tests/tools/typecheck.py [MYPY ARGUMENTS]
 
 Two folders at the root install as subpackages, which mypy cannot know. So this
 makes ``.typecheck/vllm_specplugin``, a tree of symbolic links that looks like
-the installed package, and checks that.
+the installed package, and checks that. The examples and the fuzzer, which import it,
+are linked beside it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "vllm_specplugin"
+PROGRAMS = ("examples.demo", "examples.train_heads", "tests.fuzz")
 
 
 def main(arguments: list[str]) -> int:
@@ -31,11 +33,18 @@ def main(arguments: list[str]) -> int:
             (tree / PACKAGE / path.name).symlink_to(path)
     for name, folder in mapped.items():
         (tree / Path(*name.split("."))).symlink_to(ROOT / folder)
+    for name in PROGRAMS:
+        folder = Path(*name.split("."))
+        (tree / folder).mkdir(parents=True)
+        (tree / folder.parent / "__init__.py").touch()
+        for path in (ROOT / folder).glob("*.py"):
+            if not path.name.startswith("test_"):
+                (tree / folder / path.name).symlink_to(path)
     command = [
         *(sys.executable, "-m", "mypy"),
         *("--config-file", str(ROOT / "pyproject.toml")),
         *("--cache-dir", str(ROOT / ".mypy_cache")),
-        *("-p", PACKAGE),
+        *(argument for name in (PACKAGE, *PROGRAMS) for argument in ("-p", name)),
         *arguments,
     ]
     return subprocess.run(command, cwd=tree, check=False).returncode

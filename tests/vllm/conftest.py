@@ -108,7 +108,7 @@ def start(
             "speculate": speculate,
         },
         environment={
-            "PYTHONPATH": str(HERE / "support"),
+            "PYTHONPATH": f"{HERE / 'support'}:{HERE.parents[1]}",
             # Engines of several test files share the machine's cores, and threads
             # that wait for one another do worst.
             "OMP_NUM_THREADS": "1",

@@ -10,7 +10,7 @@ from vllm_specplugin.scorers.exact import match_walk
 from vllm_specplugin.testing import score_batch
 from vllm_specplugin.trees.step_layout import StepLayout
 from vllm_specplugin.trees.tree import DraftTree
-from vllm_specplugin.vllm.runner.token_history import Texts
+from vllm_specplugin.vllm.runner.token_history import TokenHistory
 from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
 from vllm_specplugin.vllm.tree_attention.device_trees import DeviceTrees, pack, reach, walk
 from vllm_specplugin.vllm.tree_attention.plan import plan_tree_rows
@@ -140,7 +140,7 @@ def test_keys_are_put_aside_by_node():
 
 
 def test_texts_grow_and_start_over():
-    texts = Texts(3, 8)
+    texts = TokenHistory(3, 8)
     texts.put(1, [5, 6])
     texts.put(2, [9])
     emitted = np.array([[7, 8, -1], [1, 2, 3]], dtype=np.int32)

@@ -38,7 +38,7 @@ def runner(*, ranks: int = 1, native: bool = False, **changes: Any) -> Any:
         parallel_config=SimpleNamespace(world_size=ranks),
         kv_cache_config=SimpleNamespace(num_blocks=4),
         compilation_config=SimpleNamespace(static_forward_context={"a": layer}),
-        spec=SimpleNamespace(follows_native=native),
+        spec=SimpleNamespace(parts=SimpleNamespace(follows_native=native)),
     )
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_specplugin.fuzz.campaign import Plan, campaign
-from vllm_specplugin.fuzz.generate import make_workload
-from vllm_specplugin.fuzz.session import Session, start_engine
-from vllm_specplugin.fuzz.workload import Frame
+from tests.fuzz.campaign import Plan, campaign
+from tests.fuzz.generate import make_workload
+from tests.fuzz.session import Session, start_engine
+from tests.fuzz.workload import Frame
 
 WITHIN = {
     "mask": 10,

@@ -15,14 +15,14 @@ from vllm_specplugin.vllm.runner.target_rows import one_rank_only, target_rows
 
 def runner() -> SimpleNamespace:
     return SimpleNamespace(
-        spec=SimpleNamespace(emitted_from=np.array([3, 4, 6], dtype=np.int32)),
         model=SimpleNamespace(compute_logits=lambda hidden: hidden.bfloat16() * 2),
     )
 
 
 def test_rows_are_those_that_the_last_tokens_came_from() -> None:
     states = torch.arange(14.0).view(7, 2)
-    rows = target_rows(runner(), states, [2, 0])
+    emitted_from = np.array([3, 4, 6], dtype=np.int32)
+    rows = target_rows(runner(), states, emitted_from, [2, 0])
     assert rows.hidden.tolist() == [[12.0, 13.0], [6.0, 7.0]]
     assert rows.take([1]).hidden.tolist() == [[6.0, 7.0]]
     logits = rows.lm_head(rows.hidden)

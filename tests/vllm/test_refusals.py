@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from vllm_specplugin import UnsupportedError
-from vllm_specplugin.config import SpecConfig
-from vllm_specplugin.vllm.runner.async_step import DeviceSide
+from vllm_specplugin.vllm.runner.async_step import DeviceSteps
 from vllm_specplugin.vllm.runner.startup_checks import check_first, check_head, check_second
-from vllm_specplugin.vllm.runner.tree_runner import TreeRunnerV2, reads_drafts
-from vllm_specplugin.vllm.runner.tree_support import why_chains
+from vllm_specplugin.vllm.runner.tree_runner import TreeRunner, reads_drafts
+from vllm_specplugin.vllm.runner.tree_support import chains_only_reason
 from vllm_specplugin.vllm.worker import describe
 
 
@@ -47,7 +46,7 @@ def second(**changes):
 
 
 def test_nothing_is_refused_without_reason():
-    check_second(second(), SpecConfig())
+    check_second(second())
 
 
 @pytest.mark.parametrize(
@@ -91,43 +90,14 @@ def test_nothing_is_refused_without_reason():
 )
 def test_each_refusal_names_what_and_how(change, value, message, remedy):
     with pytest.raises(UnsupportedError, match=message) as error:
-        check_second(second(**{change: value}), SpecConfig())
+        check_second(second(**{change: value}))
     assert remedy in str(error.value)
 
 
 def test_the_first_runner_wants_synchronous_scheduling():
-    check_first(SimpleNamespace(use_async_scheduling=False), SpecConfig())
+    check_first(SimpleNamespace(use_async_scheduling=False))
     with pytest.raises(UnsupportedError, match="asynchronous scheduling"):
-        check_first(SimpleNamespace(use_async_scheduling=True), SpecConfig())
-
-
-def test_full_graphs_want_the_second_runner():
-    graphs = SpecConfig(full_graphs=True)
-    check_second(second(), graphs)
-    with pytest.raises(UnsupportedError, match="full_graphs on vLLM's first"):
-        check_first(SimpleNamespace(use_async_scheduling=False), graphs)
-
-
-def test_flashinfer_wants_synchronous_scheduling():
-    flashinfer = SpecConfig(tree_kernel="flashinfer")
-    check_second(second(scheduler_config__async_scheduling=False), flashinfer)
-    with pytest.raises(UnsupportedError, match="'flashinfer' with async") as error:
-        check_second(second(scheduler_config__async_scheduling=True), flashinfer)
-    assert "drop --async-scheduling" in str(error.value)
-
-
-@pytest.mark.parametrize("kernel", ["auto", "flashinfer"])
-def test_flashinfer_is_used_where_it_is_asked_for(kernel, monkeypatch):
-    asked = []
-    module = "vllm_specplugin.vllm.runner.tree_support"
-    monkeypatch.setattr(f"{module}.prepare_layers", lambda layers: None)
-    monkeypatch.setattr(f"{module}.use_flashinfer", asked.append)
-    layer = SimpleNamespace(impl=object())
-    runner = second(compilation_config__static_forward_context={"a": layer})
-    runner.kv_cache_config.kv_cache_groups = [SimpleNamespace(layer_names=["a"])]
-    runner.spec = SimpleNamespace(config=SpecConfig(tree_kernel=kernel))
-    assert why_chains(runner, frozenset()) is None
-    assert asked == ([{"a": layer}] if kernel == "flashinfer" else [])
+        check_first(SimpleNamespace(use_async_scheduling=True))
 
 
 def with_head(method, **head):
@@ -169,12 +139,15 @@ def test_asynchronous_scheduling_wants_the_device(proposer, scorer):
 
     runner = SimpleNamespace(
         device=torch.device("cpu"),
-        spec=SimpleNamespace(
-            proposer=proposer or Offers(), config=SimpleNamespace(proposer="p", scorer=scorer)
-        ),
+        max_num_reqs=1,
+        num_speculative_steps=2,
     )
+    parts = SimpleNamespace(
+        proposer=proposer or Offers(), config=SimpleNamespace(proposer="p", scorer=scorer)
+    )
+    runner.spec = SimpleNamespace(parts=parts)
     with pytest.raises(UnsupportedError, match="asynchronous scheduling with") as error:
-        DeviceSide(runner)
+        DeviceSteps(runner)
     assert "without --async-scheduling" in str(error.value)
 
 
@@ -190,7 +163,7 @@ def test_asynchronous_scheduling_wants_the_device(proposer, scorer):
     ],
 )
 def test_chains_only_says_why(change, value, reason):
-    assert reason in why_chains(second(**{change: value}), frozenset())
+    assert reason in chains_only_reason(second(**{change: value}), frozenset())
 
 
 @pytest.mark.parametrize("recurrent", [True, False])
@@ -199,8 +172,8 @@ def test_layers_that_are_not_plain_attention_mean_chains(recurrent):
     runner = second(compilation_config__static_forward_context={"a": layer})
     runner.kv_cache_config.kv_cache_groups = [SimpleNamespace(layer_names=["a"])]
     expected = "not attention (a)" if recurrent else "implementation is object (a)"
-    assert expected in why_chains(runner, frozenset())
-    assert "no attention layers" in why_chains(runner, frozenset({"a"}))
+    assert expected in chains_only_reason(runner, frozenset())
+    assert "no attention layers" in chains_only_reason(runner, frozenset({"a"}))
 
 
 def test_what_reads_drafts_as_a_list():
@@ -229,10 +202,10 @@ def test_what_reads_drafts_as_a_list():
     [(True, 3, "vLLM's drafter reads"), (False, 4, "custom logits processors")],
 )
 def test_chains_on_the_second_runner_alone(native, processors, reason):
-    runner = TreeRunnerV2()
-    runner.spec = SimpleNamespace(follows_native=native)
+    runner = TreeRunner()
+    runner.spec = SimpleNamespace(parts=SimpleNamespace(follows_native=native))
     runner.sampler = SimpleNamespace(logits_processors=[None] * processors)
-    assert reason in runner._why_chains()
+    assert reason in runner._chains_only_reason()
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -240,9 +213,11 @@ def test_the_start_up_line_names_runner_and_scheduling(asynchronous):
     runner = second()
     runner.scheduler_config = SimpleNamespace(async_scheduling=asynchronous)
     runner.spec = SimpleNamespace(
-        why_chains="it uses ALiBi",
-        engine=SimpleNamespace(max_nodes=6),
-        config=SimpleNamespace(proposer="p", scorer="exact", policy="fixed"),
+        chains_only="it uses ALiBi",
+        parts=SimpleNamespace(
+            engine=SimpleNamespace(max_nodes=6),
+            config=SimpleNamespace(proposer="p", scorer="exact", policy="fixed"),
+        ),
     )
     line = describe(runner)
     assert "is active on SimpleNamespace of vLLM" in line

@@ -64,10 +64,6 @@ def test_device_side_proposers_keep_vllms_scheduling(proposer, own, caplog):
         ),
         ({"policy": "fixed", "scorer": "typical"}, "scorer 'typical' decides on"),
         ({"policy": "fixed", "options": {"trace": "t"}}, "a trace is written"),
-        (
-            {"policy": "fixed", "options": {"tree_kernel": "flashinfer"}},
-            "FlashInfer plans its trees on the host",
-        ),
     ],
 )
 def test_what_makes_device_side_proposers_synchronous(arguments, because, caplog):

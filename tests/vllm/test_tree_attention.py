@@ -289,7 +289,7 @@ def test_engines_compile_for_the_caches_that_they_have():
         "no attention": SimpleNamespace(),
     }
     runner = SimpleNamespace(
-        spec=SimpleNamespace(why_chains=None),
+        spec=SimpleNamespace(chains_only=None),
         compilation_config=SimpleNamespace(static_forward_context=layers),
     )
     with (
@@ -297,6 +297,6 @@ def test_engines_compile_for_the_caches_that_they_have():
         patch.object(cpu, "compile_for") as compiling,
     ):
         assert warm_up.warm_up(runner) == 0
-        runner.spec.why_chains = "it is told to"
+        runner.spec.chains_only = "it is told to"
         warm_up.warm_up(runner)
     compiling.assert_called_once_with(torch.bfloat16)

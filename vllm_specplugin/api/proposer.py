@@ -32,10 +32,10 @@ Scope: TypeAlias = str | None
 """With whom a request shares what a proposer remembers of texts: all requests whose
 scope is the same string. See :data:`COMMON_SCOPE` and :data:`PRIVATE_SCOPE`."""
 
-COMMON_SCOPE: Scope = ""
+COMMON_SCOPE = ""
 """The scope of requests that name none: they share with each other."""
 
-PRIVATE_SCOPE: Scope = None
+PRIVATE_SCOPE = None
 """The scope of a request that shares with nobody: its text must not be remembered for
 others, nor the text of others be drafted for it."""
 

@@ -1,1 +1,1 @@
-"""Draft heads on the target's last hidden state: files, training, calibration."""
+"""Medusa heads on the target's last hidden state: their files."""

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 CALIBRATION = "calibration.json"
-"""Beside the heads: what ``specplugin calibrate-heads`` has measured."""
+"""Beside the heads: what ``examples/train_heads`` has measured."""
 
 _FILES = (
     "medusa_lm_head.safetensors",

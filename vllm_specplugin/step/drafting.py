@@ -20,6 +20,7 @@ from vllm_specplugin.api import (
     AlgorithmBase,
     BudgetContext,
     EngineInfo,
+    Needs,
     PolicyBase,
     ProposeContext,
     ProposerBase,
@@ -30,15 +31,17 @@ from vllm_specplugin.api import (
 from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.errors import DraftTreeError, complain
 from vllm_specplugin.step.calibration import Calibration
-from vllm_specplugin.step.draft_request import DraftRequest
+from vllm_specplugin.step.draft_request import DraftInputs, DraftRequest
 from vllm_specplugin.step.trace import TraceWriter
 from vllm_specplugin.telemetry.counters import SpecMetrics
 from vllm_specplugin.trees.batch import Drafted, Forest, warm_up
 from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
-__all__ = ["DraftRequest", "Drafter"]
+__all__ = ["Drafter"]
 
 logger = logging.getLogger(__name__)
+
+NO_INPUTS = DraftInputs()
 
 
 class Drafter:
@@ -51,8 +54,6 @@ class Drafter:
         engine: vocabulary size, to refuse tokens outside it.
         metrics: where to count.
         clock: seconds, for tests.
-        context: makes what the proposer is shown, of ``requests``, ``rate`` and
-            ``node_price``.
     """
 
     def __init__(
@@ -64,9 +65,7 @@ class Drafter:
         metrics: SpecMetrics,
         *,
         clock: Callable[[], float] = time.perf_counter,
-        context: Callable[..., ProposeContext] = ProposeContext,
     ) -> None:
-        self._context = context
         self._proposer = proposer
         self._policy = policy
         self._config = config
@@ -88,8 +87,15 @@ class Drafter:
         self.draft_seconds = 0.0
         """Time of the last drafting, choosing nodes included."""
 
-    def draft(self, requests: Sequence[DraftRequest]) -> list[DraftTree]:
-        """One tree per request, each with its best chain in front."""
+    def draft(
+        self, requests: Sequence[DraftRequest], inputs: DraftInputs = NO_INPUTS
+    ) -> list[DraftTree]:
+        """One tree per request, each with its best chain in front.
+
+        Args:
+            requests: those that go on after the step.
+            inputs: what the engine offers the proposer beside their tokens.
+        """
         trees = [EMPTY_TREE] * len(requests)
         self._last = None
         self.draft_requests, self.draft_seconds = 0, 0.0
@@ -102,8 +108,8 @@ class Drafter:
         wanted = [i for i, n in enumerate(budgets) if n > 0]
         if not wanted:
             return trees
-        views = [requests[i].view(budgets[i]) for i in wanted]
-        for i, tree in zip(wanted, self._propose(views)):
+        views = [replace(requests[i].view, max_nodes=budgets[i]) for i in wanted]
+        for i, tree in zip(wanted, self._propose(views, inputs)):
             trees[i] = tree.best_chain() if requests[i].chain_only else tree
         last = self._last = Drafted.of(Forest.of(trees), requests, wanted)
         if len(last.forest):
@@ -134,14 +140,9 @@ class Drafter:
                 self._failed(kind, error)
 
     @property
-    def needs_top(self) -> int:
-        """Likeliest tokens per row of the target that the proposer asks for."""
-        return self._proposer.needs.top_tokens if self.enabled else 0
-
-    @property
-    def needs_hidden(self) -> bool:
-        """Whether the proposer reads the target's hidden states."""
-        return self.enabled and self._proposer.needs.hidden
+    def needs(self) -> Needs:
+        """What the proposer asks of the engine: nothing once it is switched off."""
+        return self._proposer.needs if self.enabled else Needs()
 
     def observe_rows(
         self,
@@ -242,15 +243,15 @@ class Drafter:
             self._failed("policy_error", error)
             return [0] * len(requests)
 
-    def _propose(self, views: list[RequestView]) -> list[DraftTree]:
+    def _propose(self, views: list[RequestView], inputs: DraftInputs) -> list[DraftTree]:
         metrics = self._metrics
         started = self._clock()
         try:
-            drafted = self._checked(views, self._proposer.propose(self._shown(views)))
+            drafted = self._checked(views, self._proposer.propose(self._context(views, inputs)))
         except Exception as error:
             # One request may have spoilt the call for all: ask one by one.
             drafted = (
-                [self._propose_alone(view) for view in views]
+                [self._propose_alone(view, inputs) for view in views]
                 if len(views) > 1
                 else self._lost(views, error)
             )
@@ -274,18 +275,18 @@ class Drafter:
         self._failed("timeout", TimeoutError(message))
         return False
 
-    def _shown(self, views: list[RequestView]) -> ProposeContext:
-        return self._context(
-            requests=views,
+    def _context(self, views: list[RequestView], inputs: DraftInputs) -> ProposeContext:
+        return inputs.context(
+            views,
             rate=float(self._policy.rate),
             node_price=float(self._policy.node_price),
         )
 
-    def _propose_alone(self, view: RequestView) -> DraftTree | None:
+    def _propose_alone(self, view: RequestView, inputs: DraftInputs) -> DraftTree | None:
         if not self.enabled:
             return None
         try:
-            ctx = self._shown([view])
+            ctx = self._context([view], inputs)
             return self._checked([view], self._proposer.propose(ctx))[0]
         except Exception as error:
             return self._lost([view], error)[0]

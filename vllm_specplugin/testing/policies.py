@@ -50,7 +50,8 @@ def check_policy(
         AssertionError: what is wrong, what is expected, and what to do.
         ConfigError: it cannot be built.
     """
-    make = maker(factory, PolicyBase, options, engine or engine_info())
+    engine = engine or engine_info()
+    make = maker(factory, PolicyBase, options, engine)  # type: ignore[type-abstract]
     _steps(make())
     _ignores_what_follows(make)
 

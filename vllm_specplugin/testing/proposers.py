@@ -64,7 +64,8 @@ def check_proposer(
         ConfigError: it cannot be built.
     """
     engine = engine or engine_info()
-    check = _Checks(maker(factory, ProposerBase, options, engine), engine, context)
+    make = maker(factory, ProposerBase, options, engine)  # type: ignore[type-abstract]
+    check = _Checks(make, engine, context)
     check.limits()
     check.repeats()
     if batch_independent:
@@ -231,7 +232,7 @@ class _Checks:
 
     def _show(self, proposer: ProposerBase, text: Sequence[int], scope: Scope) -> None:
         """The rows of a text that was read token by token, with padding."""
-        if not (wanted := proposer.needs.top_tokens) or scope is PRIVATE_SCOPE:
+        if not (wanted := proposer.needs.top_tokens) or scope is None:
             return
         if scope and not proposer.separates_scopes:
             return

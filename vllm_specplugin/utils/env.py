@@ -19,7 +19,6 @@ __all__ = [
     "kernels_are_interpreted",
     "make_stats_dir",
     "mending_wanted",
-    "models_dir",
     "shared_stats_dir",
     "stats_dir",
     "use_first_runner",
@@ -71,12 +70,6 @@ def make_stats_dir() -> Path:
 
     atexit.register(remove)
     return folder
-
-
-def models_dir() -> Path | None:
-    """Where the embedded models are, if ``$SPECPLUGIN_MODELS`` says so."""
-    folder = os.environ.get("SPECPLUGIN_MODELS")
-    return Path(folder) if folder else None
 
 
 def kernels_are_interpreted() -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import platform
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import entry_points
+from typing import Any
 
 from vllm_specplugin.errors import SpecPluginError
+from vllm_specplugin.tools.provenance import machine, versions
 from vllm_specplugin.vllm.compat.seams import (
     SEAMS,
     SUPPORTED,
@@ -16,7 +20,10 @@ from vllm_specplugin.vllm.compat.seams import (
     installed_version,
 )
 
-__all__ = ["Finding", "examine"]
+__all__ = ["Finding", "examine", "facts"]
+
+_PATIENCE = 30
+"""Seconds for a server's answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +39,71 @@ class Finding:
 def examine() -> Iterator[Finding]:
     """Findings in order; stops early where later ones would make no sense."""
     yield Finding("python", platform.python_version())
+    supported = f"(supported: {', '.join(SUPPORTED)})"
     try:
         check_version()
-    except SpecPluginError as error:
-        yield Finding("vllm", str(error), bad=True, remedy=f"use vLLM {SUPPORTED}")
+    except SpecPluginError:
+        yield Finding(
+            "vllm",
+            f"{installed_version() or 'not installed'} {supported}",
+            bad=True,
+            remedy='pip install "vllm-specplugin[cuda]", or [cpu] without a GPU',
+        )
         return
-    yield Finding("vllm", f"{installed_version()} (supported: {', '.join(SUPPORTED)})")
+    yield Finding("vllm", f"{installed_version()} {supported}")
     for check in (_entry_point, _platform, _runner, _seams, _tree_attention, _defects):
         yield from _safely(check)
+
+
+def facts(findings: Sequence[Finding], url: str | None = None) -> dict[str, Any]:
+    """What a bug report needs, as plain data.
+
+    Args:
+        findings: all of :func:`examine`.
+        url: of a server that runs with the status endpoint.
+
+    Returns:
+        ``works``, ``versions``, ``machine``, ``seams`` (how many were compared with
+        the installed vLLM, and the differences; ``null`` if none were), ``findings``,
+        and with ``url`` the ``server``'s answer.
+    """
+    compared = any(one.subject in {"seam", "seams"} for one in findings)
+    found: dict[str, Any] = {
+        "works": not any(one.bad for one in findings),
+        "versions": versions(),
+        "machine": machine() | _devices(),
+        "seams": {
+            "compared": len(SEAMS),
+            "differences": [one.text for one in findings if one.subject == "seam"],
+        }
+        if compared
+        else None,
+        "findings": [asdict(one) for one in findings],
+    }
+    if url is not None:
+        found["server"] = _status(url)
+    return found
+
+
+def _devices() -> dict[str, Any]:
+    try:
+        import torch
+    except ImportError:
+        return {}
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"gpus": names, "cuda": torch.version.cuda, "hip": torch.version.hip}
+
+
+def _status(url: str) -> dict[str, Any]:
+    """What a server says of itself, or why it says nothing."""
+    try:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError("expected http://host:port")
+        where = f"{url.rstrip('/')}/specplugin/status"
+        with urllib.request.urlopen(where, timeout=_PATIENCE) as response:
+            return dict(json.load(response))
+    except (OSError, ValueError, TypeError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def _safely(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:

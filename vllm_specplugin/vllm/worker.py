@@ -64,12 +64,12 @@ class SpecWorkerMixin:
         """Counters since start; for ``collective_rpc("specplugin_stats")``."""
         runner = self.model_runner  # type: ignore[attr-defined]
         spec = runner.spec
-        if (side := getattr(runner, "spec_side", None)) is not None:
-            side.settle()
+        if (path := getattr(runner, "spec_path", None)) is not None:
+            path.settle()
         return {  # plain data only: it travels between processes
-            **spec.metrics.snapshot(),
-            **spec.drafter.snapshot(),
-            "chains_only": spec.why_chains,
+            **spec.parts.metrics.snapshot(),
+            **spec.parts.drafter.snapshot(),
+            "chains_only": spec.chains_only,
         }
 
     def specplugin_status(self) -> dict[str, Any]:
@@ -77,8 +77,8 @@ class SpecWorkerMixin:
         spec = self.model_runner.spec  # type: ignore[attr-defined]
         return {
             "summary": describe(self.model_runner),  # type: ignore[attr-defined]
-            "configuration": spec.config.to_dict(),
-            "last_minute": spec.observer.figures(),
+            "configuration": spec.parts.config.to_dict(),
+            "last_minute": spec.parts.observer.figures(),
             "since_start": self.specplugin_stats(),
         }
 
@@ -91,18 +91,11 @@ class SpecWorkerMixin:
                 :class:`~vllm_specplugin.config.SpecConfig`; ``max_nodes`` may
                 only shrink below what the engine was started with.
         """
-        from vllm_specplugin.vllm.runner.state import SpecState
-
         runner = self.model_runner  # type: ignore[attr-defined]
-        old = runner.spec
-        old.close()
-        config = SpecConfig.from_dict({**old.config.to_dict(), **(changes or {})})
-        runner.spec = SpecState(config, runner)
-        runner.spec.why_chains = old.why_chains
-        runner.spec.draft_model = old.draft_model
-        runner.spec.seeds, runner.spec.admitted = old.seeds, old.admitted
-        if (side := getattr(runner, "spec_side", None)) is not None:
-            side.renew()
+        settings = {**runner.spec.parts.config.to_dict(), **(changes or {})}
+        runner.spec.restart(SpecConfig.from_dict(settings), runner)
+        if (path := getattr(runner, "spec_path", None)) is not None:
+            path.restart()
 
 
 def adopt(runner: Any, config: SpecConfig) -> None:
@@ -127,15 +120,15 @@ def adopt(runner: Any, config: SpecConfig) -> None:
     check_head(runner)
     ours: type
     if isinstance(runner, First):
-        check_first(runner, config)
+        check_first(runner)
         from vllm_specplugin.vllm.runner_v1.tree_runner import TreeRunnerV1
 
         ours = TreeRunnerV1
     else:
-        check_second(runner, config)
-        from vllm_specplugin.vllm.runner.tree_runner import TreeRunnerV2
+        check_second(runner)
+        from vllm_specplugin.vllm.runner.tree_runner import TreeRunner
 
-        ours = TreeRunnerV2
+        ours = TreeRunner
     base: Any = type(runner)
     runner.__class__ = type(f"Tree{base.__name__}", (ours, base), {})
     adopted: Any = runner  # mypy knows it as vLLM's class by now
@@ -147,18 +140,18 @@ def adopt(runner: Any, config: SpecConfig) -> None:
 def describe(runner: Any) -> str:
     """One line: what is active, and on which runner."""
     spec = runner.spec
-    config = spec.config
+    config = spec.parts.config
     shape = (
         "draft trees"
-        if spec.why_chains is None
-        else f"draft chains only, because {spec.why_chains}"
+        if spec.chains_only is None
+        else f"draft chains only, because {spec.chains_only}"
     )
     asynchronous = runner.scheduler_config.async_scheduling
     scheduling = "asynchronous" if asynchronous else "synchronous"
     return (
         f"vllm-specplugin {__version__} is active on {type(runner).__name__} of vLLM "
         f"{installed_version()}: proposer={config.proposer} scorer={config.scorer} "
-        f"policy={config.policy} max_nodes={spec.engine.max_nodes} "
+        f"policy={config.policy} max_nodes={spec.parts.engine.max_nodes} "
         f"scheduling={scheduling} ({shape})"
     )
 

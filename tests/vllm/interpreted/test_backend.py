@@ -7,11 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from vllm_specplugin.errors import UnsupportedError
 from vllm_specplugin.trees.tree import DraftTree
 from vllm_specplugin.vllm.tree_attention import backend
 from vllm_specplugin.vllm.tree_attention import gpu as device
@@ -93,90 +91,6 @@ def test_a_level_of_a_draft_model() -> None:
     assert layer.calls == 0
 
 
-# -------------------------------------------------------------------- graphs
-
-
-@pytest.fixture(autouse=True)
-def forget_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_graphs", None)
-
-
-class Builder:
-    """Of vLLM's, as far as graphs go."""
-
-    layer_names = ("a", "b")
-    supports = AttentionCGSupport.ALWAYS
-
-    @classmethod
-    def get_cudagraph_support(cls, *_: Any) -> AttentionCGSupport:
-        return cls.supports
-
-    def build_for_cudagraph_capture(self, common: Any) -> Any:
-        return SimpleNamespace(**vars(common))
-
-
-class TreeBuilder(backend.TreeBuilder, Builder):
-    pass
-
-
-def support() -> AttentionCGSupport:
-    return TreeBuilder.get_cudagraph_support(None, None)
-
-
-def buffers(requests: int = 6, nodes: int = 9) -> SimpleNamespace:
-    return SimpleNamespace(
-        num_nodes=torch.zeros(requests, dtype=torch.int32),
-        ancestors=torch.zeros(requests, nodes, 1, dtype=torch.int64),
-    )
-
-
-def test_graphs_hold_attention_only_if_somebody_keeps_the_trees(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert support() == AttentionCGSupport.NEVER
-    device.allow_graphs(buffers(), ["a", "b"])
-    assert support() == AttentionCGSupport.UNIFORM_BATCH
-    monkeypatch.setattr(Builder, "supports", AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE)
-    assert support() == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    monkeypatch.setattr(Builder, "supports", AttentionCGSupport.ALWAYS)
-    device.allow_graphs(None)  # chains only: vLLM's kernels are right
-    assert support() == AttentionCGSupport.ALWAYS
-
-
-def test_what_a_graph_is_captured_with() -> None:
-    capture = TreeBuilder().build_for_cudagraph_capture
-    several, single = SimpleNamespace(max_query_len=8), SimpleNamespace(max_query_len=1)
-
-    def plan(common: Any) -> Any:
-        return getattr(capture(common), backend.PLAN_ATTRIBUTE, None)
-
-    assert plan(several) is None
-    held = buffers()
-    device.allow_graphs(held, ["a", "b", "c"])
-    assert plan(several).trees is held
-    assert plan(single) is None  # no trees in it: vLLM's own kernel
-    device.allow_graphs(held, ["a"])  # "b" is a draft model's
-    assert plan(several) is None
-
-
-def test_a_captured_step_replays_other_trees_and_no_trees() -> None:
-    """What a graph fixes are the tensors' places, the shapes and the launch."""
-    layer, held = Layer(), buffers()
-    plan = device.CapturedPlan(held)
-    uniform = {"contexts": (15, 33), "causal": (1, 1), "nodes": (7, 7), "spare": 2}
-    for seed in (1, 2):
-        call = random_call(Case(seed=seed, **uniform))
-        held.num_nodes[:2] = 7
-        held.ancestors[:2] = call.ancestors
-        close(run(layer, call, plan), by_path(call, all_rows=True))
-    held.num_nodes.zero_()
-    call = random_call(Case(contexts=(15, 33), causal=(8, 8), nodes=(0, 0)))
-    close(run(layer, call, plan), by_path(call, all_rows=True))
-    assert layer.calls == 0
-
-
-def test_a_graph_without_the_kernel_is_refused() -> None:
-    layer = Layer()
-    layer.device_kernel = False
-    with pytest.raises(UnsupportedError, match="cudagraph_mode to PIECEWISE"):
-        run(layer, random_call(DECODES), device.CapturedPlan(buffers()))
+def test_no_graph_holds_attention() -> None:
+    builder = backend.Tree_TRITON_ATTN.get_builder_cls()
+    assert builder.get_cudagraph_support(None, None) == AttentionCGSupport.NEVER

@@ -50,7 +50,7 @@ def runner(layers: dict[str, Any], **changes: Any) -> Any:
     groups = [SimpleNamespace(layer_names=list(layers))]
     made = SimpleNamespace(
         spec=SimpleNamespace(
-            why_chains=None, engine=SimpleNamespace(max_nodes=MOST), draft_model=None
+            chains_only=None, parts=SimpleNamespace(engine=SimpleNamespace(max_nodes=MOST))
         ),
         kv_cache_config=SimpleNamespace(kv_cache_groups=groups),
         compilation_config=SimpleNamespace(static_forward_context=layers),
@@ -113,7 +113,7 @@ def test_no_step_launches_a_kernel_in_a_new_way(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"spec": SimpleNamespace(why_chains="pipeline parallelism is on")}, {"kernel": False}],
+    [{"spec": SimpleNamespace(chains_only="pipeline parallelism is on")}, {"kernel": False}],
 )
 def test_nothing_is_launched_where_kernels_are_not_used(
     changes: dict[str, Any], recorders: dict[str, Recorder]
@@ -122,15 +122,3 @@ def test_nothing_is_launched_where_kernels_are_not_used(
     one = runner({"a": layer(1, device_kernel=kernel)}, **changes)
     assert warm_up.warm_up(one) == 0
     assert not any(recorder.launched for recorder in recorders.values())
-
-
-def test_flashinfer_is_called_once_for_each_mode(recorders: dict[str, Recorder]) -> None:
-    called: list[bool] = []
-
-    class Trees:
-        def in_step(self, step: object) -> Any:
-            return lambda *_, all_rows, **__: called.append(all_rows)
-
-    warm_up.warm_up(runner({"a": layer(1, tree_kernel=Trees())}))
-    assert sorted(called) == [False, True]
-    assert not recorders["attend"].launched

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from spec_child import break_part
 
+from tests.fuzz import engine_process
 from vllm_specplugin.step.drafting import Drafter
 from vllm_specplugin.trees.step_layout import StepLayout
-from vllm_specplugin.vllm import fuzz_process
 from vllm_specplugin.vllm.runner_v1 import tree_runner
 
 _WHOLE: list[tuple[Any, str, Any]] = []
@@ -140,4 +140,4 @@ _PLANTS = {
 BUGS = ("mask", "positions", "compaction", *_PLANTS)
 
 if __name__ == "__main__":
-    fuzz_process.main({**fuzz_process.COMMANDS, "plant": plant})
+    engine_process.main({**engine_process.COMMANDS, "plant": plant})

@@ -6,6 +6,7 @@ seconds a step: its plain statement in torch stands in for it.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import spec_devices
@@ -89,7 +90,8 @@ def native(llm: Any, request: dict[str, Any]) -> None:
     if how != "draw":
         drawing.setdefault("logits", speculator.draft_logits)
     speculator.draft_logits = drawing["logits"] if how == "draw" else None
-    runner.spec.couples_native = how == "couple"
+    spec = runner.spec
+    spec.parts = dataclasses.replace(spec.parts, couples_native=how == "couple")
 
 
 drawing: dict[str, Any] = {}

@@ -13,7 +13,6 @@ from vllm.forward_context import BatchDescriptor
 
 from vllm_specplugin.trees.step_layout import StepLayout
 from vllm_specplugin.vllm.processes import engine
-from vllm_specplugin.vllm.runner import state
 from vllm_specplugin.vllm.runner_v1 import paged_head, paged_model, tree_runner
 from vllm_specplugin.vllm.tree_attention import plan
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows
@@ -22,7 +21,7 @@ _WHOLE = {
     "mask": tree_runner.plan_tree_rows,
     "positions": StepLayout.node_positions,
     "compaction": tree_runner.compact,
-    "hidden": state.target_rows,
+    "hidden": tree_runner.target_rows,
 }
 
 _WHOLE_DRAFTS = {
@@ -46,7 +45,7 @@ def break_part(llm: Any, request: dict[str, Any]) -> None:
     tree_runner.plan_tree_rows = plan.plan_tree_rows = _WHOLE["mask"]
     StepLayout.node_positions = _WHOLE["positions"]
     tree_runner.compact = _WHOLE["compaction"]
-    state.target_rows = _WHOLE["hidden"]
+    tree_runner.target_rows = _WHOLE["hidden"]
     part = request["part"]
     if part == "mask":
         tree_runner.plan_tree_rows = plan.plan_tree_rows = _causal_rows
@@ -55,7 +54,7 @@ def break_part(llm: Any, request: dict[str, Any]) -> None:
     elif part == "compaction":
         tree_runner.compact = lambda runner, plan, moves: 0
     elif part == "hidden":
-        state.target_rows = _first_row
+        tree_runner.target_rows = _first_row
 
 
 def _causal_rows(trees: Any, **how: Any) -> TreeRows:
@@ -66,9 +65,8 @@ def _causal_rows(trees: Any, **how: Any) -> TreeRows:
     return TreeRows(rows.query, rows.request, rows.context, np.array(nodes, dtype=np.uint64))
 
 
-def _first_row(runner: Any, states: Any, indices: Any) -> Any:
-    runner.spec.emitted_from[:] = 0
-    return _WHOLE["hidden"](runner, states, indices)
+def _first_row(runner: Any, states: Any, emitted_from: Any, indices: Any) -> Any:
+    return _WHOLE["hidden"](runner, states, emitted_from * 0, indices)
 
 
 def _flat_positions(layout: StepLayout) -> Any:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from spec_drafts import Checked
 from torch import Tensor, nn
 
+from examples.train_heads.eagle import EagleHead, EagleShape, Past, load_eagle, save_eagle
 from vllm_specplugin.api import EngineInfo
-from vllm_specplugin.heads.eagle import EagleHead, EagleShape, Past, load_eagle, save_eagle
 from vllm_specplugin.proposers.eagle import EagleProposer
 from vllm_specplugin.proposers.eagle3 import Eagle3Proposer
 from vllm_specplugin.proposers.mtp import MtpProposer

@@ -26,10 +26,8 @@ def poison(llm: Any, request: dict[str, Any]) -> None:
 
         def spoilt(hidden: torch.Tensor, *args: Any) -> torch.Tensor:
             logits = compute(hidden, *args)
-            spec = getattr(runner, "spec", None)
-            rows = 1
-            if spec is not None and spec.step is not None:
-                rows = int(spec.step.layout.starts[1])
+            step = getattr(runner, "spec_step", None)
+            rows = 1 if step is None else int(step.layout.starts[1])
             logits[:rows, 7 if one else slice(None)] = _VALUES[kind]
             return logits
 
@@ -42,7 +40,7 @@ def step_times(llm: Any, request: dict[str, Any]) -> str:
     """Writes something into the file that `goodput` keeps its step times in."""
 
     def write(worker: Any) -> str:
-        path = worker.model_runner.spec.drafter._policy._file
+        path = worker.model_runner.spec.parts.drafter._policy._file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(request["text"])
         return str(path)

@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from vllm_specplugin.tools.ab.phrases import headlines
 from vllm_specplugin.tools.ab.prompts import load_prompts
 from vllm_specplugin.tools.ab.records import Cell, Record
 from vllm_specplugin.tools.ab.report import build_report
-from vllm_specplugin.tools.ab.report_html import html
 from vllm_specplugin.tools.ab.report_md import markdown, table
 from vllm_specplugin.tools.ab.serve import LoadPlan, check_servers, measure_served
 from vllm_specplugin.tools.ab.variants import Variant, parse_variants
+from vllm_specplugin.tools.plots import plot_ratios
 
 __all__ = ["ab", "check_model", "write_report"]
 
@@ -51,7 +52,7 @@ def ab(args: argparse.Namespace) -> int:
     )
     write_report(report, args.out)
     print("\n".join([*table(report), "", *headlines(report)]))
-    print(f"report written to {args.out / 'report.html'}, .md and .json")
+    print(f"report written to {args.out / 'report.md'} and .json")
     if record.interrupted:
         return _INTERRUPTED
     compared = any(row["ratio"] for cell in report["cells"] for row in cell["rows"])
@@ -59,11 +60,12 @@ def ab(args: argparse.Namespace) -> int:
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
-    """Writes the three forms."""
+    """Writes ``report.json`` and ``report.md``, and ``report.svg`` if matplotlib is installed."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     (folder / "report.md").write_text(markdown(report), "utf-8")
-    (folder / "report.html").write_text(html(report), "utf-8")
+    if find_spec("matplotlib"):
+        plot_ratios(report, folder / "report.svg")
 
 
 def _plan(args: argparse.Namespace) -> tuple[Plan, LoadPlan | None]:

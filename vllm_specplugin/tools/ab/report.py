@@ -26,8 +26,8 @@
                    ``latency``    served: ``ttft``, ``tpot``, ``itl`` and
                                   ``e2el``, each p50, p90, p99 in ms, and
                                   ``goodput``, requests/s within the limits
-                   ``text``       see ``ab.texts``
-                   ``parts``      seconds by part (see ``vllm.parts``), steps, and
+                   ``text``       see :mod:`.text_equality`
+                   ``parts``      seconds by part (see ``step_parts``), steps, and
                                   tokens emitted, drafted and accepted in them
 ``runs``           every timed run
 =================  ===========================================================

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from vllm_specplugin.tools.ab.phrases import (
@@ -15,14 +15,26 @@ from vllm_specplugin.tools.ab.phrases import (
 
 __all__ = ["markdown", "table"]
 
+Report = Mapping[str, Any]
 
-def markdown(report: Mapping[str, Any]) -> str:
+_DEEPEST = 8
+"""Depths with a column."""
+_PARTS = ("verify", "draft", "sample", "host")
+
+
+def markdown(report: Report) -> str:
     """The whole report."""
     lines = ["# A/B report", ""]
     lines += [f"- {sentence}" for sentence in headlines(report)]
     lines += ["", *table(report), ""]
     if report["served"]:
         lines += [*_latencies(report), ""]
+    for title, found in (
+        ("Acceptance by depth", _acceptance(report)),
+        ("Time of a step", _parts(report)),
+    ):
+        if rows := list(found):
+            lines += [f"## {title}", "", *rows, ""]
     lines += [f"- {note}" for note in notes(report)]
     failed = [v for v in report["variants"] if v["error"]]
     for variant in failed:
@@ -32,7 +44,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def table(report: Mapping[str, Any]) -> list[str]:
+def table(report: Report) -> list[str]:
     """One row per cell and variant."""
     lines = _head(
         "cell", "variant", "tokens/s", "ratio", "interval", "verdict",
@@ -60,7 +72,7 @@ def table(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _latencies(report: Mapping[str, Any]) -> Iterable[str]:
+def _latencies(report: Report) -> Iterable[str]:
     shown = ("ttft", "tpot", "itl", "e2el")
     yield from _head(
         "cell", "variant", *(f"{n.upper()} p50/p90/p99, ms" for n in shown),
@@ -85,7 +97,39 @@ def _latencies(report: Mapping[str, Any]) -> Iterable[str]:
             )
 
 
-def _provenance(report: Mapping[str, Any]) -> Iterable[str]:
+def _acceptance(report: Report) -> Iterator[str]:
+    """Share of drafts accepted to each depth or deeper."""
+    found = [
+        (cell["label"], row["variant"], row["drafts"]["by_depth"][:_DEEPEST])
+        for cell in report["cells"]
+        for row in cell["rows"]
+        if row["drafts"]["by_depth"]
+    ]
+    deepest = max((len(shares) for *_, shares in found), default=0)
+    if not deepest:
+        return
+    yield from _head("cell", "variant", *map(str, range(1, deepest + 1)))
+    for label, variant, shares in found:
+        cells = [f"{share:.0%}" for share in shares]
+        yield _line(label, variant, *cells, *[""] * (deepest - len(cells)))
+
+
+def _parts(report: Report) -> Iterator[str]:
+    """Milliseconds of a step by part, from a run of its own that is not compared."""
+    found = [
+        (cell["label"], row["variant"], row["parts"])
+        for cell in report["cells"]
+        for row in cell["rows"]
+        if row["parts"] and row["parts"]["steps"]
+    ]
+    if not found:
+        return
+    yield from _head("cell", "variant", *(f"{part}, ms" for part in _PARTS))
+    for label, variant, parts in found:
+        yield _line(label, variant, *(f"{parts[p] / parts['steps'] * 1e3:.2f}" for p in _PARTS))
+
+
+def _provenance(report: Report) -> Iterable[str]:
     source, prompts = report["provenance"], report["prompts"]
     versions = ", ".join(f"{k} {v}" for k, v in source["versions"].items())
     machine = source["machine"]

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.step.calibration import Calibration
-from vllm_specplugin.tools.replay.plots import require_matplotlib
+from vllm_specplugin.tools.plots import require_matplotlib
 from vllm_specplugin.tools.replay.replay import Recording, load_recording
 from vllm_specplugin.trees.batch import Forest
 from vllm_specplugin.trees.tree import DraftTree

@@ -345,12 +345,12 @@ class _Engine:
         text, length = self._recording.texts[number], self._live[number]
         left = self._ends[number] - length - 1
 
-        def view(nodes: int) -> RequestView:
-            return RequestView(
+        return DraftRequest(
+            view=RequestView(
                 req_id=str(number),
-                tokens=np.zeros(length, dtype=np.int32),
+                tokens=np.broadcast_to(np.int32(0), length),
                 num_prompt_tokens=text.start,
-                max_nodes=nodes,
+                max_nodes=self._recording.engine.max_nodes if left > 0 else 0,
                 max_depth=left,
                 temperature=float(text.sampled),
                 top_k=0,
@@ -358,14 +358,6 @@ class _Engine:
                 seed=0,
                 options={},
             )
-
-        return DraftRequest(
-            view=view,
-            req_id=str(number),
-            limit=self._recording.engine.max_nodes if left > 0 else 0,
-            num_tokens=length,
-            greedy=not text.sampled,
-            options={},
         )
 
 

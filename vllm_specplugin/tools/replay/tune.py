@@ -12,8 +12,8 @@ from typing import Any
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.step.trace import read_trace
 from vllm_specplugin.tools.engine_client import EngineProcess
+from vllm_specplugin.tools.plots import plot_replays, plot_tuning, require_matplotlib
 from vllm_specplugin.tools.prompt_files import PromptFileError, read_prompts
-from vllm_specplugin.tools.replay.plots import plot_replays, plot_tuning, require_matplotlib
 from vllm_specplugin.tools.replay.replay import Replayed, load_recording, policy_config, replay
 
 __all__ = ["parse_load", "parse_policy", "replay_command", "tune_command"]

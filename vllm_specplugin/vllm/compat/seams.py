@@ -11,12 +11,10 @@ import importlib
 import inspect
 from functools import reduce
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from typing import Any
 
 from vllm_specplugin.errors import UnsupportedError, complain
 from vllm_specplugin.vllm.compat.second_runner_seams import SECOND_RUNNER
-from vllm_specplugin.vllm.tree_attention.flashinfer import SIGNATURES as FLASHINFER
 
 __all__ = ["SUPPORTED", "check_version", "drift", "installed_version"]
 
@@ -222,11 +220,10 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
     "vllm.v1.outputs:SamplerOutput": ("sampled_token_ids", "logprobs_tensors"),
     # attention
     "vllm.v1.attention.backends.registry:register_backend": ("backend", "class_path", "is_mamba"),
-    # the Triton kernel instead of the backend's, and which CUDA graphs may hold it
+    # the Triton kernel instead of the backend's; no CUDA graph may hold it
     f"{_BUILDER}.get_cudagraph_support": ("vllm_config", "kv_cache_spec"),
-    f"{_BUILDER}.build_for_cudagraph_capture": ("self", "common_attn_metadata"),
     f"{_ATTENTION}:AttentionImpl.fused_output_quant_supported": ("self", "quant_key"),
-    f"{_ATTENTION}:AttentionCGSupport.UNIFORM_BATCH": None,
+    f"{_ATTENTION}:AttentionCGSupport.NEVER": None,
     "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadata": (
         "num_actual_tokens",
         "max_query_len",
@@ -287,8 +284,6 @@ SEAMS: dict[str, tuple[str, ...] | None] = {
         "kv_cache",
         "slot_mapping",
     ),
-    # FlashInfer, if trees are to be computed by it
-    "vllm.utils.flashinfer:has_flashinfer": (),
     # fuzzing: requests by the step, and what the scheduler made of them
     "vllm.v1.engine.llm_engine:LLMEngine.step": ("self",),
     "vllm.v1.engine.llm_engine:LLMEngine.abort_request": ("self", "request_ids"),
@@ -329,10 +324,8 @@ def check_version() -> None:
 
 
 def drift() -> list[str]:
-    """Differences between :data:`SEAMS` and the installed vLLM, as sentences; and
-    of FlashInfer where that is installed."""
-    relied_on = {**SEAMS, **(FLASHINFER if find_spec("flashinfer") else {})}
-    return [problem for path, names in relied_on.items() if (problem := _check(path, names))]
+    """Differences between :data:`SEAMS` and the installed vLLM, as sentences."""
+    return [problem for path, names in SEAMS.items() if (problem := _check(path, names))]
 
 
 def _check(path: str, names: tuple[str, ...] | None) -> str | None:

@@ -123,6 +123,4 @@ def _steady_nodes(config: SpecConfig, method: Mapping[str, Any]) -> tuple[int | 
         return None, f"policy {config.policy!r} decides on the host, step by step"
     if config.trace:
         return None, "a trace is written on the host"
-    if config.tree_kernel == "flashinfer":
-        return None, "FlashInfer plans its trees on the host"
     return nodes, ""

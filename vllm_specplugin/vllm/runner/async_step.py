@@ -1,4 +1,4 @@
-"""Steps of vLLM's second runner whose drafts stay on the device.
+"""Steps whose drafts stay on the device.
 
 Trees, walk, compaction and counters are tensors by request slot; the host only
 knows how many nodes are scheduled. So the scheduler runs ahead as it does for
@@ -8,8 +8,7 @@ vLLM's own device-side drafters. Requests are decided by ``exact``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
@@ -18,32 +17,39 @@ from vllm_specplugin.api.device_proposer import DeviceContext, DeviceProposer, O
 from vllm_specplugin.errors import UnsupportedError, complain
 from vllm_specplugin.telemetry.counters import SpecMetrics
 from vllm_specplugin.vllm.kv_cache.path_compaction import compact_paths
+from vllm_specplugin.vllm.runner.bookkeeping import params_of
 from vllm_specplugin.vllm.runner.device_counters import DeviceCounters
 from vllm_specplugin.vllm.runner.sampling import Rows
 from vllm_specplugin.vllm.runner.state import SpecState
+from vllm_specplugin.vllm.runner.step_in_flight import DeviceStep, StepInFlight
 from vllm_specplugin.vllm.runner.target_rows import rows_of
 from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
 from vllm_specplugin.vllm.tree_attention.device_trees import walk
 
-__all__ = ["DeviceSide"]
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+    from vllm_specplugin.vllm.runner.tree_runner import TreeRunner
+
+__all__ = ["DeviceSteps"]
 
 logger = logging.getLogger(__name__)
 
 _COUNTERS = ("steps", "requests", "drafts", "nodes", "accepted", "emitted", "kv_rows_moved")
 
 
-class DeviceSide:
-    """Beside vLLM's runner.
+class DeviceSteps:
+    """See :class:`~.step_path.StepPath`.
 
     Args:
-        runner: of ours; see :mod:`.tree_runner`.
+        runner: vLLM's, of ours.
     """
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: TreeRunner) -> None:
         device = runner.device
         self._runner = runner
         self._counters = DeviceCounters(_COUNTERS, device)
-        self.renew()
         shape = (runner.max_num_reqs, runner.num_speculative_steps)
         self._tokens = torch.full(shape, -1, dtype=torch.int64, device=device)
         self._parents = torch.full_like(self._tokens, -1)
@@ -51,36 +57,24 @@ class DeviceSide:
         self._apart = torch.zeros_like(self._chains)
         """Requests with a scope of their own: what is learnt on the device serves
         all, so they neither feed it nor draft from it."""
-        self.in_step = False
-        """Whether a step is being computed, and not a warm-up."""
-        self._nodes: DeviceTreePlan | None = None
-        self.plan: DeviceTreePlan | None = None
-        """The step's trees, unless the engine verifies chains only."""
-        self._emitted_from = torch.zeros(0, dtype=torch.int64, device=device)
-        """``[requests]`` row of the step that each last token came from."""
+        self.restart()
 
     @property
     def _spec(self) -> SpecState:
-        return self._runner.spec  # type: ignore[no-any-return]
+        return self._runner.spec
 
-    def renew(self) -> None:
-        """Takes the proposer that the runner has now, and counts anew.
-
-        Raises:
-            UnsupportedError: it drafts on the host, or another scorer decides.
-        """
-        runner, spec = self._runner, self._runner.spec
-        proposer = spec.proposer
-        if not isinstance(proposer, OffersDevice) or spec.config.scorer != "exact":
+    def restart(self) -> None:
+        runner, parts = self._runner, self._spec.parts
+        if not isinstance(parts.proposer, OffersDevice) or parts.config.scorer != "exact":
             raise UnsupportedError(
                 complain(
-                    f"asynchronous scheduling with proposer {spec.config.proposer!r} "
-                    f"and scorer {spec.config.scorer!r}",
+                    f"asynchronous scheduling with proposer {parts.config.proposer!r} "
+                    f"and scorer {parts.config.scorer!r}",
                     "a proposer that drafts on the device, and 'exact'",
                     "pass all arguments that speculate() returns, without --async-scheduling",
                 )
             )
-        self._proposer: DeviceProposer = proposer.on_device(
+        self._proposer: DeviceProposer = parts.proposer.on_device(
             runner.num_speculative_steps, runner.device
         )
         self._counters.settle(SpecMetrics())
@@ -88,45 +82,43 @@ class DeviceSide:
 
     # ------------------------------------------------------------ requests
 
-    def admit(self, slot: int, new: Any) -> None:
+    def admit(self, slot: int, new: NewRequestData) -> None:
         self._tokens[slot] = -1
-        self._chains[slot] = self._runner.chain_only(new.sampling_params)
-        self._apart[slot] = self._spec.scorer.options(new.req_id).scope != ""
-
-    def forget_drafts(self, req_ids: Sequence[str]) -> None:
-        """They are forgotten when their slots are given away."""
+        self._chains[slot] = self._runner.chain_only(params_of(new))
+        self._apart[slot] = self._spec.parts.scorer.options(new.req_id).scope != ""
 
     # -------------------------------------------------------------- a step
 
-    def prepare(self, scheduler_output: Any, batch: Any, started: float) -> None:
-        """Lays out the trees drafted for the requests of the step."""
+    def prepare(
+        self, scheduler_output: SchedulerOutput, batch: InputBatch, started: float
+    ) -> DeviceStep:
         del scheduler_output, started
-        self.in_step = True
-        self._nodes = self.plan = None
         self._runner.device_trees.clear()
         counts = batch.num_draft_tokens_per_req
         if counts is None or not counts.any():
-            return
+            return DeviceStep(plan=None, nodes=None)
         trees, slots = self._runner.device_trees, batch.idx_mapping
         scheduled = batch.cu_num_logits.diff()[: batch.num_reqs] - 1
         trees.lay_out(self._tokens[slots], self._parents[slots], scheduled)
-        self._nodes = DeviceTreePlan(trees, batch.query_start_loc, batch.seq_lens)
-        if self._spec.why_chains is None:
-            self.plan = self._nodes
+        nodes = DeviceTreePlan(trees, batch.query_start_loc, batch.seq_lens)
+        return DeviceStep(plan=nodes if self._spec.chains_only is None else None, nodes=nodes)
 
     def sample(
-        self, logits: torch.Tensor, batch: Any, invalid: torch.Tensor | None
+        self,
+        step: StepInFlight,
+        logits: torch.Tensor,
+        batch: InputBatch,
+        invalid: torch.Tensor | None,
     ) -> SamplerOutput:
-        """Draws at every row and follows the matches; see
-        :meth:`~.sync_step.HostSide.sample`."""
-        runner, nodes = self._runner, self._nodes
-        plan, self.plan, self.in_step = self.plan, None, False
+        """Draws at every row and follows the matches."""
+        assert isinstance(step, DeviceStep)
+        runner = self._runner
         top = self._likeliest(logits)
         rows = Rows(runner.sampler, logits, batch)
         chosen = rows.draw()
         count, most = batch.num_reqs, runner.device_trees.max_nodes
         starts = batch.cu_num_logits[:count].long()
-        if nodes is None:
+        if step.nodes is None:
             path = torch.zeros(count, 1, dtype=torch.int64, device=logits.device)
             accepted = path[:, 0]
             tokens = path[:, :0]
@@ -145,9 +137,10 @@ class DeviceSide:
                 trees.ancestors[:count],
             )
         moved = accepted.new_zeros(())
-        if plan is not None:
-            moved = compact_paths(runner, plan, runner.spec_slots, path)
-        self._emitted_from = starts + path.gather(1, accepted[:, None])[:, 0]
+        if step.plan is not None:
+            assert step.slot_mappings is not None, "sample() without prepare_attn()"
+            moved = compact_paths(runner, step.plan, step.slot_mappings, path)
+        step.emitted_from = starts + path.gather(1, accepted[:, None])[:, 0]
         emitted = chosen[starts[:, None] + path]
         output = rows.output(
             emitted, (accepted + 1).int(), lambda: _by_path(batch, starts, path, accepted, emitted)
@@ -173,7 +166,7 @@ class DeviceSide:
     ) -> None:
         emits = num_sampled > 0
         drafted = (tokens >= 0).sum(-1) * emits
-        spec = self._spec
+        parts = self._spec.parts
         self._counters.add(
             [
                 emits.any().long(),
@@ -184,13 +177,13 @@ class DeviceSide:
                 num_sampled.sum(),
                 moved,
             ],
-            spec.metrics,
+            parts.metrics,
         )
-        spec.observer.step((), None)
+        parts.observer.step((), None)
 
     def _show(
         self,
-        batch: Any,
+        batch: InputBatch,
         starts: torch.Tensor,
         path: torch.Tensor,
         accepted: torch.Tensor,
@@ -222,17 +215,22 @@ class DeviceSide:
     # ------------------------------------------------------------ drafting
 
     def draft(
-        self, batch: Any, own: torch.Tensor | None, hidden_states: torch.Tensor
+        self,
+        step: StepInFlight,
+        batch: InputBatch,
+        own: torch.Tensor | None,
+        hidden_states: torch.Tensor,
     ) -> torch.Tensor:
-        """Drafts for the next step; see :meth:`~.sync_step.HostSide.draft`."""
         del own
-        runner, slots = self._runner, batch.idx_mapping
+        assert isinstance(step, DeviceStep)
+        runner, slots, parts = self._runner, batch.idx_mapping, self._spec.parts
         count, most = len(slots), runner.device_trees.max_nodes
         tokens = torch.full((count, most), -1, dtype=torch.int64, device=slots.device)
         parents = tokens.clone()
-        if self._spec.config.proposer != "none" and self._spec.drafter.enabled:
+        if parts.config.proposer != "none" and parts.drafter.enabled:
             try:
-                tokens, parents = self._proposer.propose(self._context(batch, hidden_states))
+                context = self._context(step, batch, hidden_states)
+                tokens, parents = self._proposer.propose(context)
             except Exception as error:
                 self._failed(error)
         before = torch.arange(most, device=slots.device) - 1
@@ -242,10 +240,13 @@ class DeviceSide:
         self._tokens[slots] = tokens
         return tokens.clamp(min=0)
 
-    def _context(self, batch: Any, hidden_states: torch.Tensor) -> DeviceContext:
+    def _context(
+        self, step: DeviceStep, batch: InputBatch, hidden_states: torch.Tensor
+    ) -> DeviceContext:
+        assert step.emitted_from is not None, "draft() without sample()"
         runner, slots = self._runner, batch.idx_mapping
-        states = runner.sampler.sampling_states
-        rows = batch.logits_indices[self._emitted_from]
+        states = runner.spec_sampler.sampling_states
+        rows = batch.logits_indices[step.emitted_from]
         top_k, top_p = states.get_top_k_top_p(slots, batch.idx_mapping_np)
         return DeviceContext(
             last=runner.req_states.last_sampled_tokens[slots, 0],
@@ -260,24 +261,24 @@ class DeviceSide:
         )
 
     def _failed(self, error: Exception) -> None:
-        failures = self._spec.metrics.failures
+        parts = self._spec.parts
+        failures = parts.metrics.failures
         failures["proposer_error"] += 1
         self._failures += 1
         if self._failures == 1:
-            logger.error("proposer %r failed", self._spec.config.proposer, exc_info=error)
-        if self._failures >= self._spec.config.max_failures:
-            self._spec.drafter.enabled = False
+            logger.error("proposer %r failed", parts.config.proposer, exc_info=error)
+        if self._failures >= parts.config.max_failures:
+            parts.drafter.enabled = False
             failures["disabled"] += 1
 
     def take_drafts(self) -> None:
         """Left to vLLM, which asks for them where there is a grammar."""
 
     def settle(self) -> None:
-        """Brings the counters up to date."""
-        self._counters.settle(self._spec.metrics)
+        self._counters.settle(self._spec.parts.metrics)
 
 
-def _owners(batch: Any, rows: int) -> torch.Tensor:
+def _owners(batch: InputBatch, rows: int) -> torch.Tensor:
     """``[rows]`` request of each row."""
     index = torch.arange(rows, device=batch.cu_num_logits.device)
     ends = batch.cu_num_logits[1:].contiguous()
@@ -285,7 +286,7 @@ def _owners(batch: Any, rows: int) -> torch.Tensor:
 
 
 def _by_path(
-    batch: Any,
+    batch: InputBatch,
     starts: torch.Tensor,
     path: torch.Tensor,
     accepted: torch.Tensor,

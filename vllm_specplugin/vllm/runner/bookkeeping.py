@@ -1,23 +1,32 @@
-"""What the plugin does around a step, whichever of vLLM's runners computes it."""
+"""What happens around a step, whichever of vLLM's runners computes it: the batch that
+is scored, the counters, and the drafts for the next step."""
 
 from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from vllm_specplugin.api import RequestView, ScoreBatch, ScoreResult, StepOutcome
-from vllm_specplugin.step.draft_request import DraftRequest
+from vllm_specplugin.step.draft_request import DraftInputs, DraftRequest
+from vllm_specplugin.trees.draft_probs import DraftProbs, batch_probs
+from vllm_specplugin.trees.step_layout import StepLayout
+from vllm_specplugin.trees.tree import DraftTree
+from vllm_specplugin.vllm.runner.state import SpecState
+from vllm_specplugin.vllm.runner.step_in_flight import HostStep
+from vllm_specplugin.vllm.runner.tensor_parallel import draft_on_first_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from vllm import SamplingParams
+    from vllm.v1.core.sched.output import NewRequestData
+    from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-    from vllm_specplugin.vllm.runner.state import SpecState, Step
-
-__all__ = ["GREEDY", "count_step", "draft_request", "score"]
+__all__ = ["GREEDY", "count_step", "draft_batch", "draft_request", "params_of", "score_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,29 +34,84 @@ GREEDY = 1e-5
 """Temperatures below this decode greedily."""
 
 
-def score(spec: SpecState, batch: ScoreBatch) -> ScoreResult:
-    """Scores a step; by ``exact`` where the chosen scorer fails."""
+def params_of(request: NewRequestData | CachedRequestState) -> SamplingParams:
+    """A request's parameters; those without any are a pooling model's."""
+    assert request.sampling_params is not None, "pooling models are refused at start"
+    return request.sampling_params
+
+
+def score_rows(
+    spec: SpecState,
+    layout: StepLayout,
+    logits: torch.Tensor,
+    req_ids: Sequence[str],
+    params: Sequence[SamplingParams],
+    greedy: npt.NDArray[np.bool_],
+    history: Callable[[int], npt.NDArray[np.int32]],
+    *,
+    invalid: npt.NDArray[np.bool_] | None = None,
+    choose: Callable[[], torch.Tensor] | None = None,
+) -> ScoreResult:
+    """Scores a step; by ``exact`` where the chosen scorer fails.
+
+    Args:
+        spec: the plugin's part of the runner.
+        layout: rows of the step.
+        logits: ``[rows, vocab]`` processed.
+        req_ids: ``[requests]`` in the order of the batch.
+        params: ``[requests]`` vLLM's parameters.
+        greedy: ``[requests]`` whether each decodes greedily.
+        history: known tokens of a request, by its index.
+        invalid: ``[rows]`` drafts that a grammar was not advanced over.
+        choose: makes ``[rows]`` tokens that vLLM's sampler draws.
+    """
+    probs = batch_probs(
+        [_drawn_from(*one) for one in zip(params, layout.trees)], layout.starts, logits.device
+    )
+    tokens = layout.tokens
+    if invalid is not None:
+        tokens = np.where(invalid, -1, tokens).astype(np.int32)
+    batch = ScoreBatch(
+        logits=logits,
+        starts=layout.starts,
+        tokens=tokens,
+        parents=layout.parents,
+        positions=layout.emit_positions,
+        greedy=greedy,
+        seeds=np.array([spec.requests.seeds[r] for r in req_ids], dtype=np.uint64),
+        req_ids=req_ids,
+        history=history,
+        choose=choose,
+        draft_probs=probs,
+    )
+    parts = spec.parts
     try:
-        return spec.scorer.score(batch)
+        return parts.scorer.score(batch)
     except Exception:
-        failures = spec.metrics.failures
+        failures = parts.metrics.failures
         failures["scorer_error"] += 1
         if failures["scorer_error"] == 1:
             logger.exception(
-                "scorer %r failed; steps it fails on are scored by 'exact'", spec.config.scorer
+                "scorer %r failed; steps it fails on are scored by 'exact'", parts.config.scorer
             )
-        return spec.fallback_scorer.score(batch)
+        return parts.fallback_scorer.score(batch)
+
+
+def _drawn_from(params: SamplingParams, tree: DraftTree) -> DraftProbs | None:
+    # A grammar cuts drafts short at a token it does not allow. Where that token was
+    # drawn from q, only a rule that ignores q stays unbiased.
+    return None if params.structured_outputs is not None else tree.draft_probs
 
 
 def count_step(
     spec: SpecState,
-    step: Step,
+    step: HostStep,
     result: ScoreResult,
     req_ids: Sequence[str],
     sampled: npt.NDArray[np.bool_],
     began: float,
 ) -> None:
-    """Books a step and tells the policy what became of it.
+    """Counts a step and passes its outcome to the policy.
 
     Args:
         spec: the plugin's part of the runner.
@@ -58,7 +122,8 @@ def count_step(
             is not read to its end does not.
         began: when sampling began, by ``time.perf_counter()``.
     """
-    metrics, layout = spec.metrics, step.layout
+    parts, layout = spec.parts, step.layout
+    metrics, drafter = parts.metrics, parts.drafter
     emitting = np.flatnonzero(sampled).tolist()
     drafted = (layout.counts - 1).tolist()
     accepted = (result.lengths - 1).tolist()
@@ -72,10 +137,10 @@ def count_step(
         return
     trees, now = layout.trees, time.perf_counter()
     metrics.step_seconds += now - step.started
-    metrics.draft_seconds += spec.drafter.draft_seconds
+    metrics.draft_seconds += drafter.draft_seconds
     own, relaxed = [req_ids[i] for i in emitting], result.relaxed
-    spec.observer.step(own, None if relaxed is None else relaxed[emitting])
-    spec.drafter.observe(
+    parts.observer.step(own, None if relaxed is None else relaxed[emitting])
+    drafter.observe(
         StepOutcome(
             req_ids=own,
             num_tokens=[layout.root_positions[i] + 1 for i in emitting],
@@ -86,9 +151,9 @@ def count_step(
             masked=sum(len(trees[i]) - trees[i].chain_prefix for i in layout.branching),
             prompt_tokens=step.num_tokens - sum(drafted) - len(emitting),
             seconds=now - step.started,
-            gap_seconds=step.started - spec.idle_since,
-            draft_requests=spec.drafter.draft_requests,
-            draft_seconds=spec.drafter.draft_seconds,
+            gap_seconds=step.started - spec.last_drafting,
+            draft_requests=drafter.draft_requests,
+            draft_seconds=drafter.draft_seconds,
             sample_seconds=now - began,
         ),
         result.tokens[emitting],
@@ -100,7 +165,7 @@ def draft_request(
     req_id: str,
     tokens: npt.NDArray[np.int32],
     prompt_tokens: int,
-    params: Any,
+    params: SamplingParams,
     *,
     max_model_len: int,
     has_embeddings: bool,
@@ -113,46 +178,69 @@ def draft_request(
         req_id: the request.
         tokens: ``[n]`` prompt and output so far.
         prompt_tokens: how many of them are the prompt.
-        params: vLLM's ``SamplingParams``.
+        params: vLLM's.
         max_model_len: most tokens of a sequence.
         has_embeddings: whether part of the prompt has no tokens.
         chain_only: whether it cannot have a tree.
     """
+    assert params.max_tokens is not None, "vLLM fills it in"
     room = max_model_len - len(tokens) - 1
     left = params.max_tokens - (len(tokens) - prompt_tokens) - 1
     if room < 0 or left < 0:
         return None
-    limit, depth = min(spec.engine.max_nodes, room), min(room, left)
+    limit, depth = min(spec.parts.engine.max_nodes, room), min(room, left)
     if depth < 1 or params.thinking_token_budget is not None or has_embeddings:
         limit = 0
-    chosen = spec.scorer.options(req_id)
+    chosen = spec.parts.scorer.options(req_id)
     if chosen.max_nodes is not None:
         limit = min(limit, chosen.max_nodes)
-    options = params.extra_args or {}
-    greedy = params.temperature < GREEDY
-
-    def view(nodes: int) -> RequestView:
-        return RequestView(
+    return DraftRequest(
+        view=RequestView(
             req_id=req_id,
             tokens=tokens,
             num_prompt_tokens=prompt_tokens,
-            max_nodes=nodes,
+            max_nodes=limit,
             max_depth=depth,
-            temperature=0.0 if greedy else params.temperature,
+            temperature=0.0 if params.temperature < GREEDY else params.temperature,
             top_k=max(0, params.top_k),
             top_p=params.top_p,
-            seed=spec.seeds[req_id],
-            options=options,
+            seed=spec.requests.seeds[req_id],
+            options=params.extra_args or {},
             scope=chosen.scope,
-        )
-
-    return DraftRequest(
-        view=view,
-        req_id=req_id,
-        limit=limit,
+        ),
         floor=min(limit, chosen.min_nodes),
-        num_tokens=len(tokens),
-        greedy=greedy,
-        options=options,
         chain_only=chain_only,
     )
+
+
+def draft_batch(
+    spec: SpecState,
+    step: HostStep,
+    req_ids: Sequence[str],
+    requests: Mapping[int, DraftRequest],
+    inputs: DraftInputs,
+) -> list[list[int]]:
+    """Drafts for the next step, and keeps the trees behind them.
+
+    Args:
+        spec: the plugin's part of the runner.
+        step: the step that ends.
+        req_ids: ``[requests]`` in the order of its batch.
+        requests: those that go on, by their index there.
+        inputs: what the engine offers the proposer.
+
+    Returns:
+        ``[requests]`` the tokens of each tree, parents before children.
+    """
+    trees = spec.requests.trees
+    trees.clear()
+    drafts: list[list[int]] = [[] for _ in req_ids]
+    drafted = draft_on_first_rank(
+        spec.parts.drafter, list(requests.values()), inputs, step.fingerprint
+    )
+    for index, tree in zip(requests, drafted):
+        if len(tree):
+            trees[req_ids[index]] = tree
+            drafts[index] = tree.tokens.tolist()
+    spec.last_drafting = time.perf_counter()
+    return drafts

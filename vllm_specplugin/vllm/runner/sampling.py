@@ -1,4 +1,4 @@
-"""Sampling of verified rows on vLLM's second runner.
+"""Sampling of verified rows.
 
 Its samplers process one row per root and node already; what they cannot do is
 follow a tree. Rows are processed and drawn by vLLM's own code, with its noise,
@@ -8,7 +8,7 @@ and the plugin decides which of them are emitted.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
@@ -18,39 +18,50 @@ from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
+from vllm_specplugin.vllm.runner.step_in_flight import step_of
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.sample.sampler import Sampler as _Sampler
+    from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
+        RejectionSampler as _RejectionSampler,
+    )
+
+    from vllm_specplugin.vllm.runner.tree_runner import TreeRunner
+else:
+    _Sampler = _RejectionSampler = object
+
 __all__ = ["Rows", "TreeRejectionSampler", "TreeSampler"]
 
 
-class TreeSampler:
+class TreeSampler(_Sampler):
     """Mixed into vLLM's sampler, which is called in steps without drafts."""
 
-    spec_runner: Any
+    spec_runner: TreeRunner
 
-    def __call__(self, logits: torch.Tensor, input_batch: Any) -> SamplerOutput:
-        side = self.spec_runner.spec_side
-        if not side.in_step:
-            return super().__call__(logits, input_batch)  # type: ignore[misc, no-any-return]
-        return side.sample(logits, input_batch, None)  # type: ignore[no-any-return]
+    def __call__(self, logits: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
+        step = step_of(input_batch)
+        if step is None:
+            return super().__call__(logits, input_batch)
+        return self.spec_runner.spec_path.sample(step, logits, input_batch, None)
 
 
-class TreeRejectionSampler:
+class TreeRejectionSampler(_RejectionSampler):
     """Mixed into vLLM's rejection sampler, which is called in steps with drafts."""
 
-    spec_runner: Any
+    spec_runner: TreeRunner
 
     def __call__(
         self,
         logits: torch.Tensor,
-        input_batch: Any,
+        input_batch: InputBatch,
         draft_logits: torch.Tensor | None = None,
         invalid_drafts: torch.Tensor | None = None,
     ) -> SamplerOutput:
-        side = self.spec_runner.spec_side
-        if not side.in_step:
-            return super().__call__(  # type: ignore[misc, no-any-return]
-                logits, input_batch, draft_logits, invalid_drafts
-            )
-        return side.sample(logits, input_batch, invalid_drafts)  # type: ignore[no-any-return]
+        step = step_of(input_batch)
+        if step is None:
+            return super().__call__(logits, input_batch, draft_logits, invalid_drafts)
+        return self.spec_runner.spec_path.sample(step, logits, input_batch, invalid_drafts)
 
 
 class Rows:
@@ -62,7 +73,7 @@ class Rows:
         batch: vLLM's ``InputBatch``.
     """
 
-    def __init__(self, sampler: Any, logits: torch.Tensor, batch: Any) -> None:
+    def __init__(self, sampler: Any, logits: torch.Tensor, batch: InputBatch) -> None:
         self._sampler, self._batch = sampler, batch
         self.raw = logits
         self._nans = get_num_nans(logits) if sampler.compute_nans else None

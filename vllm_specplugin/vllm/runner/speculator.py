@@ -1,6 +1,6 @@
-"""Drafting on vLLM's second runner, in place of the drafter it has built.
+"""Drafting in place of the drafter that vLLM has built.
 
-vLLM builds one of its own drafters there, from a closed list. Ours is mixed into
+vLLM builds one of its own, from a closed list. Ours is mixed into
 whichever that is: vLLM goes on to load it and to run it, where the plugin's
 proposer wants its drafts, and the plugin answers when vLLM asks for drafts.
 """
@@ -8,24 +8,30 @@ proposer wants its drafts, and the plugin answers when vLLM asks for drafts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
 from vllm_specplugin.api import Steer
+from vllm_specplugin.vllm.runner.step_in_flight import step_of
 
-__all__ = ["NativeDraftsV2", "TreeSpeculator"]
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+    from vllm_specplugin.vllm.runner.tree_runner import TreeRunner
+
+__all__ = ["TreeSpeculator", "VllmDrafts"]
 
 
 class TreeSpeculator:
     """Mixed into vLLM's drafter."""
 
-    spec_runner: Any
+    spec_runner: TreeRunner
 
     def propose(
         self,
-        input_batch: Any,
+        input_batch: InputBatch,
         attn_metadata: Any,
         slot_mappings: Any,
         last_hidden_states: torch.Tensor,
@@ -34,20 +40,19 @@ class TreeSpeculator:
     ) -> torch.Tensor:
         """``[requests, num_speculative_tokens]`` int64, -1 nowhere: what is not
         drafted is not scheduled, or never accepted."""
-        runner = self.spec_runner
+        runner, step = self.spec_runner, step_of(input_batch)
         own = None
-        if runner.spec.follows_native:
+        if runner.spec.parts.follows_native:
             # Also where nothing is to be drafted: it follows the target's text.
             own = super().propose(  # type: ignore[misc]
                 input_batch, attn_metadata, slot_mappings, last_hidden_states, *args, **kwargs
             )
-        if kwargs.get("dummy_run"):
+        if step is None:
             shape = (input_batch.num_reqs, runner.num_speculative_steps)
             return (
                 torch.zeros(shape, dtype=torch.int64, device=runner.device) if own is None else own
             )
-        drafts: torch.Tensor = runner.spec_side.draft(input_batch, own, last_hidden_states)
-        return drafts
+        return runner.spec_path.draft(step, input_batch, own, last_hidden_states)
 
     def sample_draft(
         self,
@@ -63,8 +68,8 @@ class TreeSpeculator:
         """``[requests]`` one step's tokens. Where drafts are not drawn they are chosen
         as the target chooses: with its noise, which vLLM's sampler takes unless it is
         told that it drafts."""
-        spec = self.spec_runner.spec
-        if draft_logits is not None or not spec.couples_native:
+        parts = self.spec_runner.spec.parts
+        if draft_logits is not None or not parts.couples_native:
             taken: torch.Tensor = super().sample_draft(  # type: ignore[misc]
                 hidden_states,
                 sample_src_positions,
@@ -90,7 +95,7 @@ class TreeSpeculator:
         return chosen
 
 
-class NativeDraftsV2:
+class VllmDrafts:
     """What vLLM's drafter made in this step; see
     :class:`~vllm_specplugin.api.NativeDrafts`.
 
@@ -102,7 +107,7 @@ class NativeDraftsV2:
     """
 
     def __init__(
-        self, speculator: Any, batch: Any, drafted: torch.Tensor, temperatures: Any
+        self, speculator: Any, batch: InputBatch, drafted: torch.Tensor, temperatures: Any
     ) -> None:
         self._tokens = drafted.tolist()
         self._index = {req_id: i for i, req_id in enumerate(batch.req_ids)}
@@ -114,12 +119,9 @@ class NativeDraftsV2:
         """What a proposer is shown, for some of the requests."""
         return _Some(self, [self._index[req_id] for req_id in req_ids])
 
-    def finish(self) -> None:
-        """It has run already."""
-
 
 class _Some:
-    def __init__(self, drafts: NativeDraftsV2, indices: list[int]) -> None:
+    def __init__(self, drafts: VllmDrafts, indices: list[int]) -> None:
         self._drafts, self._indices = drafts, indices
 
     def draft(

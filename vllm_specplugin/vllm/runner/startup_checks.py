@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.errors import UnsupportedError, complain
 
 __all__ = ["check_first", "check_head", "check_second"]
@@ -12,7 +11,7 @@ __all__ = ["check_first", "check_head", "check_second"]
 _FIRST = "or use vLLM's first model runner: VLLM_USE_V2_MODEL_RUNNER=0"
 
 
-def check_first(runner: Any, config: SpecConfig) -> None:
+def check_first(runner: Any) -> None:
     """Raises :class:`UnsupportedError` for vLLM's first model runner."""
     if runner.use_async_scheduling:
         raise UnsupportedError(
@@ -22,17 +21,9 @@ def check_first(runner: Any, config: SpecConfig) -> None:
                 "drop --async-scheduling",
             )
         )
-    if config.full_graphs:
-        raise UnsupportedError(
-            complain(
-                "full_graphs on vLLM's first model runner",
-                "the second, whose trees stay where a graph can find them",
-                "leave it out, or use a proposer that runs on the second",
-            )
-        )
 
 
-def check_second(runner: Any, config: SpecConfig) -> None:
+def check_second(runner: Any) -> None:
     """Raises :class:`UnsupportedError` for vLLM's second model runner."""
     speculative, parallel = runner.speculative_config, runner.parallel_config
     model = runner.model_config
@@ -50,14 +41,6 @@ def check_second(runner: Any, config: SpecConfig) -> None:
                 f"rejection_sample_method={speculative.rejection_sample_method!r}",
                 "the plugin's scorer to decide what is accepted",
                 "drop it from the proposer's 'engine' and choose --spec-scorer",
-            )
-        )
-    if config.tree_kernel == "flashinfer" and runner.scheduler_config.async_scheduling:
-        raise UnsupportedError(
-            complain(
-                "tree_kernel 'flashinfer' with asynchronous scheduling",
-                "synchronous scheduling: FlashInfer plans trees on the host",
-                "drop --async-scheduling, or leave tree_kernel out",
             )
         )
     if parallel.pipeline_parallel_size > 1:

@@ -9,7 +9,7 @@ logits of the whole vocabulary whether vLLM gathers them on all ranks or on the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,17 +17,24 @@ import torch
 
 from vllm_specplugin.api import ProposerBase, ScoreResult, TargetRows
 from vllm_specplugin.errors import UnsupportedError, complain
+from vllm_specplugin.step.drafting import Drafter
 from vllm_specplugin.trees.step_layout import StepLayout
 
-__all__ = ["likeliest", "one_rank_only", "rows_of", "show", "show_rows", "target_rows"]
+__all__ = ["likeliest", "one_rank_only", "rows_of", "show", "target_rows"]
 
 IntArray = npt.NDArray[np.int32]
 
 
-def likeliest(runner: Any, logits: torch.Tensor) -> IntArray | None:
+class HasModel(Protocol):
+    """Either of vLLM's runners."""
+
+    model: Any
+
+
+def likeliest(drafter: Drafter, logits: torch.Tensor) -> IntArray | None:
     """``[rows, top_tokens]`` the largest logits' tokens, -1 where a token is
     forbidden; ``None`` if nobody asks. Call it before the logits are changed."""
-    wanted = min(runner.spec.drafter.needs_top, logits.shape[-1])
+    wanted = min(drafter.needs.top_tokens, logits.shape[-1])
     if not wanted:
         return None
     from vllm.distributed.parallel_state import get_tp_group
@@ -40,20 +47,8 @@ def likeliest(runner: Any, logits: torch.Tensor) -> IntArray | None:
     return top
 
 
-def show_rows(runner: Any, top: IntArray | None, result: ScoreResult) -> None:
-    """:func:`show` for vLLM's first runner."""
-    if top is None:
-        return
-    layout: StepLayout = runner.spec.step.layout
-    count = len(layout.trees)
-    roots = runner.input_batch.token_ids_cpu[np.arange(count), np.asarray(layout.root_positions)]
-    sampled = ~runner.discard_request_mask.np[:count]
-    scopes = runner.spec.scorer.scopes(runner.input_batch.req_ids)
-    show(runner.spec.drafter, layout, roots, sampled, top, result, scopes)
-
-
 def show(
-    drafter: Any,
+    drafter: Drafter,
     layout: StepLayout,
     roots: IntArray,
     sampled: npt.NDArray[np.bool_],
@@ -67,7 +62,7 @@ def show(
     emitted: what follows there is the user's text.
 
     Args:
-        drafter: the :class:`~vllm_specplugin.step.drafting.Drafter`.
+        drafter: passes them on.
         layout: of the step.
         roots: ``[requests]`` token each root read.
         sampled: ``[requests]`` whether a request emits anything.
@@ -108,21 +103,25 @@ def one_rank_only(proposer: ProposerBase, ranks: int) -> None:
         )
 
 
-def target_rows(runner: Any, hidden_states: torch.Tensor, indices: Sequence[int]) -> TargetRows:
+def target_rows(
+    runner: HasModel,
+    hidden_states: torch.Tensor,
+    emitted_from: IntArray,
+    indices: Sequence[int],
+) -> TargetRows:
     """What a proposer that asks sees of the target.
 
     Args:
-        runner: after its step was sampled.
+        runner: one of vLLM's.
         hidden_states: ``[rows, hidden_size]`` of the step's logits.
+        emitted_from: ``[requests]`` row that each last token was emitted from.
         indices: of the requests in the runner's batch.
     """
-    emitted_from = runner.spec.emitted_from[np.asarray(indices, dtype=np.intp)]
-    rows = torch.from_numpy(emitted_from)
-
+    rows = torch.from_numpy(emitted_from[np.asarray(indices, dtype=np.intp)])
     return rows_of(runner, hidden_states, rows.to(hidden_states.device).long())
 
 
-def rows_of(runner: Any, hidden_states: torch.Tensor, rows: torch.Tensor) -> TargetRows:
+def rows_of(runner: HasModel, hidden_states: torch.Tensor, rows: torch.Tensor) -> TargetRows:
     """The same for rows that are known where the hidden states are."""
 
     def lm_head(hidden: torch.Tensor) -> torch.Tensor:

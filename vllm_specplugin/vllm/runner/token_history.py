@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Texts"]
+__all__ = ["TokenHistory"]
 
 
-class Texts:
+class TokenHistory:
     """Prompt and output of each request slot.
 
     Args:

@@ -1,4 +1,4 @@
-"""Why an engine verifies chains only, whichever runner it has."""
+"""Why an engine verifies chains only."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from vllm_specplugin.vllm.kv_cache.layout_probe import prepare_layers
-from vllm_specplugin.vllm.tree_attention.flashinfer import use_flashinfer
 
-__all__ = ["why_chains"]
+__all__ = ["chains_only_reason"]
 
 
-def why_chains(runner: Any, drafting: AbstractSet[str]) -> str | None:
+def chains_only_reason(runner: Any, drafting: AbstractSet[str]) -> str | None:
     """``None`` for trees. Prepares the layers for them.
 
     Args:
         runner: one of vLLM's, with its caches allocated.
         drafting: names of layers that belong to a drafter of vLLM's.
-
-    Raises:
-        UnsupportedError: FlashInfer is asked for and cannot serve them.
     """
     parallel = runner.parallel_config
     if parallel.pipeline_parallel_size > 1:
@@ -41,7 +37,4 @@ def why_chains(runner: Any, drafting: AbstractSet[str]) -> str | None:
     }
     if foreign := [name for name, x in layers.items() if not hasattr(x, "impl")]:
         return f"it has layers that are not attention ({foreign[0]})"
-    reason = prepare_layers(layers)
-    if reason is None and runner.spec.config.tree_kernel == "flashinfer":
-        use_flashinfer(layers)
-    return reason
+    return prepare_layers(layers)

@@ -35,7 +35,7 @@ def warm_up(runner: Any) -> int:
     Returns:
         How many launches on a device were asked for.
     """
-    if runner.spec.why_chains is not None:
+    if runner.spec.chains_only is not None:
         return 0
     context = runner.compilation_config.static_forward_context
     _compile_on_host(context.values())
@@ -48,7 +48,7 @@ def warm_up(runner: Any) -> int:
     for layer in (context[name] for name in names):
         if getattr(layer.impl, "device_kernel", False):
             layers.setdefault(_kind(layer), layer)
-    most = runner.spec.engine.max_nodes
+    most = runner.spec.parts.engine.max_nodes
     for layer in layers.values():
         for requests, rows, length, all_rows in _ways(runner, layer, most):
             _attend(layer, runner, requests, rows, length, all_rows)
@@ -86,9 +86,6 @@ def _kind(layer: Any) -> Hashable:
 def _ways(runner: Any, layer: Any, most: int) -> Iterator[tuple[int, int, int, bool]]:
     """Requests, rows of one, bound of the lengths, and whether all rows are computed:
     one of each that compiles to something else."""
-    if layer.impl.tree_kernel is not None:  # FlashInfer picks by itself
-        yield from ((1, 1 + most, runner.max_model_len, a) for a in (False, True))
-        return
     from vllm_specplugin.vllm.tree_attention.gpu_kernel import launch_for
 
     _, kv_heads, block_size, _ = layer.kv_cache.shape

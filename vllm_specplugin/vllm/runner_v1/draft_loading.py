@@ -45,7 +45,7 @@ def load_draft_model(runner: Any) -> PagedDraftModel | None:
     reason = model.prepare()
     if config.use_heterogeneous_vocab:
         reason = "its vocabulary is not the target's"
-    if reason is not None and not runner.spec.follows_native:
+    if reason is not None and not runner.spec.parts.follows_native:
         raise UnsupportedError(
             complain(
                 f"{config.method} {config.model}: {reason}",

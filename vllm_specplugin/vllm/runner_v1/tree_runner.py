@@ -21,86 +21,95 @@ through the model untouched.
 
 from __future__ import annotations
 
-import logging
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.v1.outputs import SamplerOutput
 
-from vllm_specplugin.api import ScoreBatch
+from vllm_specplugin.api import RequestView, TargetRows
 from vllm_specplugin.noise.gumbel import request_seed
-from vllm_specplugin.step.draft_request import DraftRequest
-from vllm_specplugin.trees.draft_probs import DraftProbs, batch_probs
+from vllm_specplugin.step.draft_request import DraftInputs, DraftRequest
 from vllm_specplugin.trees.step_layout import StepLayout, scheduled_tree
-from vllm_specplugin.trees.tree import DraftTree
 from vllm_specplugin.vllm.kv_cache.compaction import compact
-from vllm_specplugin.vllm.runner.bookkeeping import count_step, draft_request, score
-from vllm_specplugin.vllm.runner.state import SpecState, Step
-from vllm_specplugin.vllm.runner.target_rows import likeliest, show_rows
-from vllm_specplugin.vllm.runner.tree_support import why_chains
+from vllm_specplugin.vllm.runner.bookkeeping import (
+    GREEDY,
+    count_step,
+    draft_batch,
+    draft_request,
+    params_of,
+    score_rows,
+)
+from vllm_specplugin.vllm.runner.state import SpecState
+from vllm_specplugin.vllm.runner.step_in_flight import FirstRunnerStep
+from vllm_specplugin.vllm.runner.target_rows import likeliest, show, target_rows
+from vllm_specplugin.vllm.runner.tensor_parallel import fingerprint
+from vllm_specplugin.vllm.runner.tree_support import chains_only_reason
 from vllm_specplugin.vllm.runner_v1.draft_loading import draft_layers, load_draft_model
 from vllm_specplugin.vllm.runner_v1.logits import gather_logprobs, process_logits
 from vllm_specplugin.vllm.runner_v1.native_drafts import NativeCall
+from vllm_specplugin.vllm.runner_v1.paged_model import DraftSession, PagedDraftModel
 from vllm_specplugin.vllm.tree_attention.backend import PLAN_ATTRIBUTE
 from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan, plan_tree_rows
 
-__all__ = ["TreeRunnerV1"]
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Runner
+else:
+    _Runner = object
 
-logger = logging.getLogger(__name__)
+__all__ = ["TreeRunnerV1"]
 
 _VALID_TOKENS = 3
 """Of what ``_bookkeeping_sync`` returns: the tokens each request emitted."""
 
 
-class TreeRunnerV1:
+class TreeRunnerV1(_Runner):
     """Mixed into vLLM's runner class by the worker."""
 
     spec: SpecState
+    spec_step: FirstRunnerStep | None = None
+    """The step in flight: this runner hands no object of its own along."""
+    spec_draft_model: PagedDraftModel | None = None
+    _waiting: NativeCall | None = None
+    """The call of vLLM's drafter that waits for the sampled tokens."""
 
-    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kw: Any) -> None:
-        super().initialize_kv_cache(kv_cache_config, *args, **kw)  # type: ignore[misc]
-        self.spec.why_chains = why_chains(self, draft_layers(self))
-        self.spec.draft_model = load_draft_model(self)
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(*args, **kwargs)
+        self.spec.chains_only = chains_only_reason(self, draft_layers(self))
+        self.spec_draft_model = load_draft_model(self)
 
     # ------------------------------------------------------------ a step
 
-    def _update_states(self, scheduler_output: Any) -> Any:
-        spec, runner = self.spec, self
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        model, spec = self.spec_draft_model, self.spec
         finished = list(scheduler_output.finished_req_ids)
-        if spec.draft_model is not None:
-            spec.draft_model.leave(scheduler_output)
-        if finished:
-            spec.drafter.release(finished)
-            spec.scorer.release(finished)
-            spec.observer.release(finished)
-            for req_id in finished:
-                spec.trees.pop(req_id, None)
-                spec.seeds.pop(req_id, None)
-        corrections = super()._update_states(scheduler_output)  # type: ignore[misc]
-        if spec.draft_model is not None:
-            spec.draft_model.release(finished)
-            spec.draft_model.follow(scheduler_output)
+        if model is not None:
+            model.leave(scheduler_output)
+        spec.release(finished)
+        corrections = super()._update_states(scheduler_output)
+        if model is not None:
+            model.release(finished)
+            model.follow(scheduler_output)
         for new in scheduler_output.scheduled_new_reqs:
             params = new.sampling_params
-            chosen = spec.scorer.admit(new.req_id, params.extra_args if params else None)
-            spec.observer.admit(new.req_id, chosen.scorer)
             seed = params.seed if params else None
             if seed is None:
-                seed = request_seed(runner.model_config.seed, spec.admitted)
-            spec.seeds[new.req_id] = seed & (1 << 64) - 1
-            spec.admitted += 1
+                seed = request_seed(self.model_config.seed, spec.requests.admitted)
+            spec.admit(new.req_id, params, seed)
             # Noise is keyed; vLLM's generators would only be rewound.
-            runner.requests[new.req_id].generator = None
-        runner.input_batch.generators.clear()
+            self.requests[new.req_id].generator = None
+        self.input_batch.generators.clear()
         return corrections
 
-    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
+    def _prepare_inputs(
+        self, scheduler_output: SchedulerOutput, num_scheduled_tokens: npt.NDArray[np.int32]
+    ) -> Any:
         started = time.perf_counter()
-        prepared = super()._prepare_inputs(  # type: ignore[misc]
-            scheduler_output, num_scheduled_tokens
-        )
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         layout = self._lay_out(scheduler_output, num_scheduled_tokens)
         plan = None
         if layout.branching:
@@ -108,7 +117,14 @@ class TreeRunnerV1:
             index = torch.from_numpy(rows).to(self.positions.device)
             self.positions[index] = torch.from_numpy(positions).to(index.device)
             plan = self._plan(layout, rows, num_scheduled_tokens)
-        self.spec.begin(Step(layout, plan, int(num_scheduled_tokens.sum()), started))
+        self.spec_step = FirstRunnerStep(
+            plan=None,
+            masked=plan,
+            layout=layout,
+            num_tokens=int(num_scheduled_tokens.sum()),
+            started=started,
+            fingerprint=fingerprint(layout),
+        )
         return prepared
 
     def _plan(self, layout: StepLayout, node_rows: Any, num_tokens: Any) -> TreeAttentionPlan:
@@ -132,7 +148,7 @@ class TreeRunnerV1:
         batch = self.input_batch
         scheduled = scheduler_output.scheduled_spec_decode_tokens
         trees = [
-            scheduled_tree(scheduled.get(req_id, ()), self.spec.trees.get(req_id))
+            scheduled_tree(scheduled.get(req_id, ()), self.spec.requests.trees.get(req_id))
             for req_id in batch.req_ids
         ]
         ends = np.cumsum(num_scheduled_tokens).tolist()
@@ -149,70 +165,55 @@ class TreeRunnerV1:
         )
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        metadata, common = super()._build_attention_metadata(  # type: ignore[misc]
-            *args, **kwargs
-        )
-        step = self.spec.step
-        if step is not None and step.plan is not None:
+        metadata, common = super()._build_attention_metadata(*args, **kwargs)
+        step = self.spec_step
+        if step is not None and step.masked is not None:
+            assert isinstance(metadata, dict), "micro-batches have no trees"
             for layer_metadata in metadata.values():
-                setattr(layer_metadata, PLAN_ATTRIBUTE, step.plan)
+                setattr(layer_metadata, PLAN_ATTRIBUTE, step.masked)
         return metadata, common
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> SamplerOutput:
         began = time.perf_counter()
-        spec, step = self.spec, self.spec.step
+        spec, step, batch = self.spec, self.spec_step, self.input_batch
         assert step is not None, "_sample() without _prepare_inputs()"
-        layout = step.layout
-        metadata = self.input_batch.sampling_metadata
-        top = likeliest(self, logits)
+        layout, metadata, req_ids = step.layout, batch.sampling_metadata, batch.req_ids
+        count = len(req_ids)
+        top = likeliest(spec.parts.drafter, logits)
         ready = process_logits(self.sampler, logits, metadata, layout)
-        req_ids = self.input_batch.req_ids
-        probs = batch_probs(
-            [self._drawn_from(*one) for one in zip(req_ids, layout.trees)],
-            layout.starts,
-            logits.device,
+        greedy = batch.temperature_cpu[:count] < GREEDY
+        result = score_rows(
+            spec,
+            layout,
+            ready.processed,
+            req_ids,
+            [params_of(self.requests[req_id]) for req_id in req_ids],
+            np.full(count, True) if metadata.all_greedy else greedy,
+            self._known_tokens,
         )
-        batch = ScoreBatch(
-            logits=ready.processed,
-            starts=layout.starts,
-            tokens=layout.tokens,
-            parents=layout.parents,
-            positions=layout.emit_positions,
-            greedy=np.full(len(req_ids), True)
-            if metadata.all_greedy
-            else self.input_batch.temperature_cpu[: len(req_ids)] < 1e-5,
-            seeds=np.array([spec.seeds[r] for r in req_ids], dtype=np.uint64),
-            req_ids=req_ids,
-            history=self._known_tokens,
-            draft_probs=probs,
-        )
-        result = score(spec, batch)
-        show_rows(self, top, result)
-        spec.emitted_from = result.rows[np.arange(len(req_ids)), result.lengths - 1]
-        if spec.draft_model is not None:
-            spec.draft_model.commit(layout, result)
-        if step.plan is not None:
+        sampled = ~self.discard_request_mask.np[:count]
+        if top is not None:
+            roots = batch.token_ids_cpu[np.arange(count), np.asarray(layout.root_positions)]
+            scopes = spec.parts.scorer.scopes(req_ids)
+            show(spec.parts.drafter, layout, roots, sampled, top, result, scopes)
+        step.emitted_from = result.rows[np.arange(count), result.lengths - 1]
+        if self.spec_draft_model is not None:
+            self.spec_draft_model.commit(layout, result)
+        if step.masked is not None:
             moves = layout.moves(result.rows, result.lengths)
-            spec.metrics.kv_rows_moved += compact(self, step.plan, moves)
-        sampled = ~self.discard_request_mask.np[: len(req_ids)]
+            spec.parts.metrics.kv_rows_moved += compact(self, step.masked, moves)
+            step.masked = None
         count_step(spec, step, result, req_ids, sampled, began)
-        spec.step = None
         return SamplerOutput(
             sampled_token_ids=torch.from_numpy(result.tokens).to(logits.device),
             logprobs_tensors=gather_logprobs(self.sampler, ready, metadata, result),
         )
 
-    def _drawn_from(self, req_id: str, tree: DraftTree) -> DraftProbs | None:
-        if tree.draft_probs is None:
-            return None
-        # A grammar cuts drafts short at a token it does not allow. Where that
-        # token was drawn from q, only a rule that ignores q stays unbiased.
-        params = self.requests[req_id].sampling_params
-        return None if params.structured_outputs is not None else tree.draft_probs
-
-    def _known_tokens(self, index: int) -> Any:
+    def _known_tokens(self, index: int) -> npt.NDArray[np.int32]:
         batch = self.input_batch
-        return batch.token_ids_cpu[index, : batch.num_tokens_no_spec[index]]
+        known: npt.NDArray[np.int32]
+        known = batch.token_ids_cpu[index, : batch.num_tokens_no_spec[index]]
+        return known
 
     # ---------------------------------------------------------- drafting
 
@@ -224,58 +225,76 @@ class TreeRunnerV1:
     def propose_draft_token_ids(
         self, scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any
     ) -> list[list[int]]:
-        propose = super().propose_draft_token_ids  # type: ignore[misc]
         rest = (sampled_token_ids, *args, *kwargs.values())
-        native = NativeCall(self, propose, scheduler_output, rest)
-        self.spec.native, self.spec.hidden = native, native.sample_hidden_states
-        self.spec.place = self.input_batch.req_id_to_index
+        native = NativeCall(self, super().propose_draft_token_ids, scheduler_output, rest)
         if isinstance(sampled_token_ids, list):
-            return self._draft(sampled_token_ids)
+            return self._draft(native, sampled_token_ids)
         # A model that vLLM drafts with is called before the sampled tokens are
         # booked; a whole context is known after.
-        self.spec.drafts_wait = True
+        self._waiting = native
         return [[] for _ in self.input_batch.req_ids]
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
-        booked = super()._bookkeeping_sync(*args, **kwargs)  # type: ignore[misc]
-        if self.spec.drafts_wait:
-            self.spec.drafts_wait = False
-            self._draft_token_ids = self._draft(booked[_VALID_TOKENS])
+        booked = super()._bookkeeping_sync(*args, **kwargs)
+        native, self._waiting = self._waiting, None
+        if native is not None:
+            emitted: Any = booked[_VALID_TOKENS]
+            self._draft_token_ids = self._draft(native, emitted)
         return booked
 
-    def _draft(self, sampled_token_ids: list[list[int]]) -> list[list[int]]:
-        spec = self.spec
-        spec.read_target()
-        drafting: list[int] = []
-        requests: list[DraftRequest] = []
-        if spec.config.proposer != "none":
+    def _draft(self, native: NativeCall, sampled_token_ids: list[list[int]]) -> list[list[int]]:
+        spec, model, step = self.spec, self.spec_draft_model, self.spec_step
+        assert step is not None, "drafts without a step"
+        follows_native = spec.parts.follows_native
+        if model is not None and follows_native:
+            model.forget_rows()
+        elif model is not None:
+            model.read(native.hidden_states, native.aux_hidden_states)
+        requests: dict[int, DraftRequest] = {}
+        if spec.parts.config.proposer != "none":
             for index, sampled in enumerate(sampled_token_ids):
                 if sampled and (request := self._draft_request(index)) is not None:
-                    drafting.append(index)
-                    requests.append(request)
-        spec.trees.clear()
-        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        drafted = spec.draft(requests)
-        for index, tree in zip(drafting, drafted):
-            if len(tree):
-                spec.trees[self.input_batch.req_ids[index]] = tree
-                drafts[index] = tree.tokens.tolist()
-        spec.idle_since = time.perf_counter()
+                    requests[index] = request
+        inputs = self._inputs(native, step)
+        drafts = draft_batch(spec, step, self.input_batch.req_ids, requests, inputs)
+        if follows_native and self.parallel_config.tensor_parallel_size == 1:
+            native.finish()
         return drafts
+
+    def _inputs(self, native: NativeCall, step: FirstRunnerStep) -> DraftInputs:
+        model, emitted_from = self.spec_draft_model, step.emitted_from
+        place = self.input_batch.req_id_to_index
+
+        def session(views: Sequence[RequestView]) -> DraftSession:
+            assert model is not None
+            return model.session(
+                [place[view.req_id] for view in views], [len(view.tokens) for view in views]
+            )
+
+        def target(req_ids: Sequence[str]) -> TargetRows:
+            assert emitted_from is not None, "drafts before sampling"
+            indices = [place[req_id] for req_id in req_ids]
+            return target_rows(self, native.sample_hidden_states, emitted_from, indices)
+
+        return DraftInputs(
+            draft_model=None if model is None else session,
+            native=native.of,
+            target=target if self.spec.parts.drafter.needs.hidden else None,
+        )
 
     def _draft_request(self, index: int) -> DraftRequest | None:
         batch, spec = self.input_batch, self.spec
         req_id = batch.req_ids[index]
         state = self.requests[req_id]
-        params = state.sampling_params
+        params = params_of(state)
         return draft_request(
             spec,
             req_id,
-            batch.token_ids_cpu[index, : batch.num_tokens_no_spec[index]],
+            self._known_tokens(index),
             int(batch.num_prompt_tokens[index]),
             params,
             max_model_len=self.max_model_len,
             has_embeddings=state.prompt_embeds is not None,
             # The grammar is advanced along a flat list of tokens.
-            chain_only=spec.why_chains is not None or params.structured_outputs is not None,
+            chain_only=spec.chains_only is not None or params.structured_outputs is not None,
         )

@@ -14,12 +14,10 @@ step with trees; beside chunks of prompts it does the nodes.
     a compiled kernel that reads vLLM's CPU cache in place.
 ``kernels``, ``triton``
     kernels for GPUs, and their launch.
-``flashinfer``
-    the same by FlashInfer, where the operator asks for it.
 ``device_reference``
     what those compute, in plain torch.
 ``device``
-    an attention layer's call of them; what CUDA graphs may hold.
+    an attention layer's call of them.
 ``backend``
     subclasses of vLLM's attention backends that call the above.
 """

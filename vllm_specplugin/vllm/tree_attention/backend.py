@@ -10,7 +10,7 @@ A step whose metadata carries no plan runs the parent untouched. One that does:
 - elsewhere the parent runs, the tree's rows are computed again from arrays on the
   host, and the nodes' keys and values are put aside for compaction.
 
-CUDA graphs that hold attention: see :mod:`.gpu`.
+No CUDA graph may hold attention, see :mod:`.gpu`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from vllm_specplugin.errors import UnsupportedError, complain
 from vllm_specplugin.vllm.tree_attention import cpu, gpu, reference
 from vllm_specplugin.vllm.tree_attention.plan import DraftRows, TreeRows
 
@@ -45,8 +44,6 @@ class TreeImpl:
     ``cache_layout.prepare_layers``."""
     device_kernel = False
     """Whether the Triton kernel reads this layer's cache; set likewise."""
-    tree_kernel: Any = None
-    """A :class:`~.flashinfer.FlashInferTrees` to use in its stead."""
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         # Tree rows are written as they are.
@@ -73,7 +70,7 @@ class TreeImpl:
             table, rows = attn_metadata.block_table, attn_metadata.rows
             self.attend_rows(query, kv_cache, table, rows, output)
             return output
-        if plan is not None and self._reads(plan):
+        if plan is not None and self.device_kernel:
             most = 1 + plan.trees.ancestors.shape[1]
             if attn_metadata.max_query_len <= most:
                 gpu.attend(self, *where, plan.trees, all_rows=True)
@@ -102,19 +99,6 @@ class TreeImpl:
         plan.keep(layer.layer_name, key, value)
         self.attend_rows(query, kv_cache, attn_metadata.block_table, plan.rows, output)
         return result
-
-    def _reads(self, plan: Any) -> bool:
-        """Whether the Triton kernel reads this layer's cache."""
-        if not self.device_kernel and isinstance(plan, gpu.CapturedPlan):
-            raise UnsupportedError(
-                complain(
-                    "a CUDA graph that holds attention of layers whose trees are not "
-                    "computed by the Triton kernel",
-                    "piecewise graphs for such layers",
-                    "set compilation_config.cudagraph_mode to PIECEWISE",
-                )
-            )
-        return self.device_kernel
 
     def _computes(
         self, plan: Any, query: torch.Tensor, kv_cache: torch.Tensor, output: torch.Tensor
@@ -180,26 +164,8 @@ class TreeBuilder:
     _cudagraph_support = AttentionCGSupport.NEVER
 
     @classmethod
-    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        parent = super().get_cudagraph_support(  # type: ignore[misc]
-            vllm_config, kv_cache_spec
-        )
-        support: AttentionCGSupport = gpu.graph_support(
-            parent, AttentionCGSupport.UNIFORM_BATCH, AttentionCGSupport.NEVER
-        )
-        return support
-
-    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
-        metadata = super().build_for_cudagraph_capture(  # type: ignore[misc]
-            common_attn_metadata
-        )
-        plan = gpu.captured_plan(
-            self.layer_names,  # type: ignore[attr-defined]
-            common_attn_metadata.max_query_len,
-        )
-        if plan is not None:
-            setattr(metadata, PLAN_ATTRIBUTE, plan)
-        return metadata
+    def get_cudagraph_support(cls, *_: Any) -> AttentionCGSupport:
+        return AttentionCGSupport.NEVER
 
 
 @lru_cache

@@ -1,6 +1,6 @@
 """The trees of a step, on the device.
 
-Persistent buffers, so that captured graphs may read them. In batch order:
+Persistent buffers, in batch order:
 
 ``ancestors``
     bit ``j % 64`` of word ``j // 64`` of ``ancestors[r, i]`` is set where node
@@ -131,7 +131,7 @@ class DeviceTrees:
         seen = reach(self.parents[:r])
         self.depths[:r] = seen.sum(-1)
         self.ancestors[:r] = pack(seen)
-        self.num_nodes.zero_()  # also of what graphs pad a batch with
+        self.num_nodes.zero_()
         self.num_nodes[:r] = num_nodes
 
     def clear(self) -> None:

@@ -4,17 +4,14 @@
 A step's trees come as two tensors, ``num_nodes`` and ``ancestors`` (see
 :func:`.gpu_kernel.tree_attention`), in the order of the batch.
 
-CUDA graphs. Piecewise ones leave attention out and are always fine. A graph that
-holds attention replays whatever was captured and reads trees from where they were
-then, so whoever keeps the trees has to say where: :func:`allow_graphs`. Until then
-no graph may hold attention.
+No CUDA graph may hold attention: it would replay the trees that were captured.
+Piecewise graphs leave attention out and are always fine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,14 +19,9 @@ from torch import Tensor
 from vllm_specplugin.vllm.tree_attention.plan import DraftRows
 
 __all__ = [
-    "CapturedPlan",
     "Trees",
-    "allow_graphs",
     "attend",
     "attend_level",
-    "captured_plan",
-    "forbid_graphs",
-    "graph_support",
     "key_value_views",
     "reads_type",
     "scales",
@@ -50,65 +42,6 @@ class Trees(Protocol):
     @property
     def ancestors(self) -> Tensor:
         """``[requests or more, max_nodes, words]`` int64."""
-
-
-class CapturedPlan(NamedTuple):
-    """What a layer is told while a graph is captured."""
-
-    trees: Trees
-
-
-class _Graphs(NamedTuple):
-    trees: Trees | None
-    layers: frozenset[str]
-
-
-_graphs: _Graphs | None = None
-
-
-def allow_graphs(trees: Trees | None, layers: Collection[str] = ()) -> None:
-    """Lets CUDA graphs hold attention. To be called before vLLM asks what its
-    backends support, that is before the KV cache is initialised.
-
-    Args:
-        trees: tensors that stay where they are. From now on the caller fills them
-            for every step before the model runs, with ``num_nodes`` 0 where a
-            request has no tree and in steps without any. ``None`` if the engine
-            will never verify trees.
-        layers: names of the layers that verify trees. Graphs of others, such as
-            those of a draft model, hold vLLM's own kernel.
-    """
-    global _graphs
-    _graphs = _Graphs(trees, frozenset(layers))
-
-
-def forbid_graphs() -> None:
-    """As it was before :func:`allow_graphs`: for the next engine of a process."""
-    global _graphs
-    _graphs = None
-
-
-def graph_support(parent: Any, uniform: Any, never: Any) -> Any:
-    """Which graphs may hold attention.
-
-    Args:
-        parent: what vLLM's own backend supports.
-        uniform: ``AttentionCGSupport.UNIFORM_BATCH``: batches whose requests have
-            one root and equally many nodes, padding among them.
-        never: ``AttentionCGSupport.NEVER``.
-    """
-    if _graphs is None:
-        return never
-    if _graphs.trees is None:
-        return parent
-    return min(parent, uniform, key=lambda support: support.value)
-
-
-def captured_plan(layer_names: Collection[str], max_query_len: int) -> Any:
-    """The plan of layers that are being captured, or ``None`` for vLLM's kernel."""
-    if _graphs is None or _graphs.trees is None or max_query_len < 2:
-        return None
-    return CapturedPlan(_graphs.trees) if _graphs.layers >= {*layer_names} else None
 
 
 def usable(impl: Any, kv_cache: Tensor) -> bool:
@@ -154,10 +87,8 @@ def attend(
     all_rows: bool,
 ) -> None:
     """Attention of one layer: of the nodes, or of all rows."""
-    if impl.tree_kernel is None:
-        from vllm_specplugin.vllm.tree_attention.gpu_kernel import tree_attention
-    else:
-        tree_attention = impl.tree_kernel.in_step(metadata)
+    from vllm_specplugin.vllm.tree_attention.gpu_kernel import tree_attention
+
     requests = min(len(metadata.seq_lens), len(trees.num_nodes))
     shape = (-1, impl.num_heads, impl.head_size)
     k_scale, v_scale, q_scale = scales(impl, layer, query)

@@ -1,0 +1,1 @@
+"""Examples. Those that import each other run from the root: ``python -m examples.demo``."""

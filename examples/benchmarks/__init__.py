@@ -1,0 +1,1 @@
+"""Measurements beside those of ``specplugin ab``; run with ``python -m``."""

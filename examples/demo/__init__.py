@@ -1,0 +1,8 @@
+"""The demo: embedded models, unseen prompts, a fair measurement.
+
+    python -m examples.demo
+
+``models`` finds the small trained models, ``inflate`` turns one into a larger
+model that computes the same function, ``workloads`` makes prompts, and ``run``
+measures. Tests and benchmarks use the first three, too.
+"""
