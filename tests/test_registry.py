@@ -130,7 +130,7 @@ def test_a_function_is_no_class(own):
 def test_names_are_not_taken_over(own, name):
     own.register("taken", Mine)
     with pytest.raises(ConfigError, match="is taken"):
-        own.register(name, type("Other", (), {}))
+        own.register(name, type("Other", (Mine,), {}))
 
 
 @pytest.mark.parametrize(
