@@ -170,6 +170,7 @@ def test_the_parent_runs_only_in_steps_that_have_prompts(prompts):
     plan = TreeAttentionPlan(
         plan_tree_rows(trees),
         np.array([1, 2]),
+        np.array([0, 0]),
         torch.device("cpu"),
         requests=len(trees),
         whole=None if prompts else trees,

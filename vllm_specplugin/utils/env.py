@@ -16,6 +16,7 @@ __all__ = [
     "MEND",
     "cache_dir",
     "child_environment",
+    "cpu_second_runner_wanted",
     "kernels_are_interpreted",
     "make_stats_dir",
     "mending_wanted",
@@ -80,6 +81,12 @@ def kernels_are_interpreted() -> bool:
 def mending_wanted() -> bool:
     """Whether ``$SPECPLUGIN_MEND`` is set."""
     return bool(os.environ.get(MEND))
+
+
+def cpu_second_runner_wanted() -> bool:
+    """Whether ``$SPECPLUGIN_CPU_SECOND_RUNNER`` asks for vLLM's second model runner
+    on a CPU without Triton, with or without speculation by the plugin."""
+    return os.environ.get("SPECPLUGIN_CPU_SECOND_RUNNER") == "1"
 
 
 def child_environment(**changes: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from vllm_specplugin.config import CONFIG_KEY, SpecConfig
 from vllm_specplugin.errors import ConfigError, UnsupportedError, complain
 from vllm_specplugin.vllm.compat.log_setup import log_as_vllm_does
 from vllm_specplugin.vllm.compat.seams import check_version, installed_version
+from vllm_specplugin.vllm.cpu_kernels.prepare import prepare_worker, uses_twins
 from vllm_specplugin.vllm.runner.startup_checks import check_first, check_head, check_second
 from vllm_specplugin.vllm.runner.warm_up import warm_up
 
@@ -29,9 +30,13 @@ class SpecWorkerMixin:
 
     _warm = False
 
-    def init_device(self) -> None:
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         log_as_vllm_does()
         check_version()
+        prepare_worker(vllm_config)
+        super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
+
+    def init_device(self) -> None:
         config = _configuration(self.vllm_config)  # type: ignore[attr-defined]
         from vllm_specplugin.vllm.tree_attention.backend import register_tree_backends
 
@@ -148,11 +153,12 @@ def describe(runner: Any) -> str:
     )
     asynchronous = runner.scheduler_config.async_scheduling
     scheduling = "asynchronous" if asynchronous else "synchronous"
+    twins = ", compiled kernels in place of Triton's" if uses_twins() else ""
     return (
         f"vllm-specplugin {__version__} is active on {type(runner).__name__} of vLLM "
         f"{installed_version()}: proposer={config.proposer} scorer={config.scorer} "
         f"policy={config.policy} max_nodes={spec.parts.engine.max_nodes} "
-        f"scheduling={scheduling} ({shape})"
+        f"scheduling={scheduling} ({shape}{twins})"
     )
 
 

@@ -81,6 +81,7 @@ def plan_of(call: Call) -> TreeAttentionPlan:
     return TreeAttentionPlan(
         plan_tree_rows(trees),
         np.zeros(0, dtype=np.int64),
+        np.zeros(0, dtype=np.int64),
         torch.device("cpu"),
         requests=len(call.parents),
     )

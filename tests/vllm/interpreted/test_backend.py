@@ -65,7 +65,7 @@ def test_masks_hold_the_chains_in_front() -> None:
             (3, 5, 9, DraftTree(range(64), [*range(-1, 62), -1])),
         ]
     )
-    plan = TreeAttentionPlan(rows, np.zeros(0, int), torch.device("cpu"), requests=5)
+    plan = TreeAttentionPlan(rows, *np.zeros((2, 0), int), torch.device("cpu"), requests=5)
     assert plan.trees.num_nodes.tolist() == [0, 4, 0, 64, 0]
     masks = plan.trees.ancestors[:, :, 0].numpy().view(np.uint64)
     assert masks[1, :4].tolist() == [0b1, 0b11, 0b100, 0b1100]

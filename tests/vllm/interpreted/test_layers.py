@@ -29,24 +29,22 @@ def test_accepted_rows_are_moved_in_all_layers_of_the_target() -> None:
         for name, cache in caches.items()
     }
     slots = torch.arange(32, 64)
-    table = SimpleNamespace(slot_mapping=SimpleNamespace(gpu=slots))
     runner = SimpleNamespace(
         kv_cache_config=SimpleNamespace(
             kv_cache_groups=[SimpleNamespace(layer_names=list(layers))]
         ),
         compilation_config=SimpleNamespace(static_forward_context=layers),
         drafter=SimpleNamespace(_draft_attn_layer_names={"draft"}),
-        input_batch=SimpleNamespace(block_table=[table]),
     )
     moves = [Move(0, [3, 5, 6], [2, 3, 4]), Move(1, [12], [10])]
-    assert compaction.compact(runner, plan_of(call), moves) == 4
+    assert compaction.compact(runner, plan_of(call), [slots], moves) == 4
     for name in ("one", "two"):
         for source, target in ((35, 34), (37, 35), (38, 36), (44, 42)):
             assert torch.equal(
                 caches[name][target // 16, :, target % 16], before[source // 16, :, source % 16]
             )
     assert torch.equal(caches["draft"], before)
-    assert compaction.compact(runner, plan_of(call), []) == 0
+    assert compaction.compact(runner, plan_of(call), [slots], []) == 0
     layers["two"].impl.device_kernel = False
     runner.kv_cache_config = SimpleNamespace(**vars(runner.kv_cache_config))
     assert compaction.device_rows(runner) is None

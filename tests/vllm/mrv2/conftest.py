@@ -1,4 +1,4 @@
-"""Engines on vLLM's second runner, its kernels in Triton's interpreter."""
+"""Engines on vLLM's second runner, with and without asynchronous scheduling."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ TESTS = Path(__file__).parents[2]
 MAX_NODES = 6
 MAX_MODEL_LEN = 160
 
-OVERLAY = TESTS / "support" / "triton_cpu"
+ASYNC = TESTS / "support" / "cpu_async"
 SUPPORT = Path(__file__).parents[1] / "support"
 ENVIRONMENT = {
-    "PYTHONPATH": f"{OVERLAY}:{SUPPORT}",
-    "TRITON_INTERPRET": "1",
+    "SPECPLUGIN_CPU_SECOND_RUNNER": "1",  # vLLM without the plugin, too
     "OMP_NUM_THREADS": "1",
 }
 
@@ -87,7 +86,10 @@ def start(name: str) -> EngineProcess:
     return EngineProcess(
         name,
         {"model": str(MODELS / "target"), "engine": {**_ENGINE, **engine}, "speculate": speculate},
-        environment={**ENVIRONMENT, "TRITON_CPU_ASYNC": str(int(name == "async"))},
+        environment={
+            **ENVIRONMENT,
+            "PYTHONPATH": f"{ASYNC}:{SUPPORT}" if name == "async" else str(SUPPORT),
+        },
         module="mrv2_child",
     )
 

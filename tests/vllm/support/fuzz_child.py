@@ -61,9 +61,9 @@ def _deep_moves() -> None:
     """Only the first two accepted nodes are stored where they belong."""
     compact = tree_runner.compact
 
-    def first_two(runner: Any, plan: Any, moves: Any) -> int:
+    def first_two(runner: Any, plan: Any, slots: Any, moves: Any) -> int:
         few = [replace(m, source=m.source[:2], target=m.target[:2]) for m in moves]
-        return compact(runner, plan, few)
+        return compact(runner, plan, slots, few)
 
     _replace(tree_runner, "compact", first_two)
 
@@ -73,7 +73,7 @@ def _cached_rows() -> None:
     prefix cache's, show for long."""
     compact = tree_runner.compact
 
-    def not_the_last(runner: Any, plan: Any, moves: Any) -> int:
+    def not_the_last(runner: Any, plan: Any, slots: Any, moves: Any) -> int:
         block = runner.vllm_config.cache_config.block_size
         at = runner.positions.numpy() if hasattr(runner.positions, "numpy") else None
         kept = []
@@ -87,7 +87,7 @@ def _cached_rows() -> None:
             if pairs:
                 source, target = map(list, zip(*pairs))
                 kept.append(replace(move, source=source, target=target))
-        return compact(runner, plan, kept)
+        return compact(runner, plan, slots, kept)
 
     _replace(tree_runner, "compact", not_the_last)
 

@@ -1,30 +1,22 @@
-"""An engine process on vLLM's second runner, plus ways to break it.
-
-Kernels run in Triton's interpreter, where vLLM's top-k and top-p kernel takes
-seconds a step: its plain statement in torch stands in for it.
-"""
+"""An engine process on vLLM's second runner, plus ways to break it."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+import spec_child
 import spec_devices
 import torch
-from spec_child import preemptions
-from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
-from vllm.v1.worker.gpu.sample import sampler, states
 
 from vllm_specplugin.vllm.processes import engine
-from vllm_specplugin.vllm.runner import async_step, sync_step
+from vllm_specplugin.vllm.runner import async_step
 from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows
 
-states.apply_top_k_top_p = sampler.apply_top_k_top_p = apply_top_k_top_p_pytorch
-
 _WHOLE_ROWS = DeviceTreePlan.__dict__["rows"]
 _WHOLE_PLACE = DeviceTreePlan.place
-_WHOLE_COMPACT = sync_step.compact_paths
+_WHOLE_COMPACT = async_step.compact_paths
 _WHOLE_ROWS_OF = async_step.rows_of
 
 
@@ -34,7 +26,8 @@ def break_part(llm: Any, request: dict[str, Any]) -> None:
     DeviceTreePlan.rows = property(_no_rows) if part == "mask" else _WHOLE_ROWS
     DeviceTreePlan.place = _stay if part == "positions" else _WHOLE_PLACE
     compact = _move_nothing if part == "compaction" else _WHOLE_COMPACT
-    sync_step.compact_paths = async_step.compact_paths = compact
+    async_step.compact_paths = compact
+    spec_child.break_part(llm, request)
     async_step.rows_of = _first_rows if part == "hidden" else _WHOLE_ROWS_OF
 
 
@@ -105,7 +98,7 @@ if __name__ == "__main__":
             "cached": cached,
             "device": spec_devices.use,
             "native": native,
-            "preemptions": preemptions,
+            "preemptions": spec_child.preemptions,
             "runner": runner,
         }
     )

@@ -13,15 +13,16 @@ from vllm.forward_context import BatchDescriptor
 
 from vllm_specplugin.trees.step_layout import StepLayout
 from vllm_specplugin.vllm.processes import engine
+from vllm_specplugin.vllm.runner import sync_step
 from vllm_specplugin.vllm.runner_v1 import paged_head, paged_model, tree_runner
 from vllm_specplugin.vllm.tree_attention import plan
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows
 
 _WHOLE = {
-    "mask": tree_runner.plan_tree_rows,
+    "mask": plan.plan_tree_rows,
     "positions": StepLayout.node_positions,
-    "compaction": tree_runner.compact,
-    "hidden": tree_runner.target_rows,
+    "compaction": sync_step.compact,
+    "hidden": sync_step.target_rows,
 }
 
 _WHOLE_DRAFTS = {
@@ -42,19 +43,16 @@ _WHOLE_HEADS = {
 
 def break_part(llm: Any, request: dict[str, Any]) -> None:
     """Breaks one part of the engine on purpose, or mends them all."""
-    tree_runner.plan_tree_rows = plan.plan_tree_rows = _WHOLE["mask"]
-    StepLayout.node_positions = _WHOLE["positions"]
-    tree_runner.compact = _WHOLE["compaction"]
-    tree_runner.target_rows = _WHOLE["hidden"]
     part = request["part"]
-    if part == "mask":
-        tree_runner.plan_tree_rows = plan.plan_tree_rows = _causal_rows
-    elif part == "positions":
-        StepLayout.node_positions = _flat_positions
-    elif part == "compaction":
-        tree_runner.compact = lambda runner, plan, moves: 0
-    elif part == "hidden":
-        tree_runner.target_rows = _first_row
+    plan.plan_tree_rows = _causal_rows if part == "mask" else _WHOLE["mask"]
+    StepLayout.node_positions = _flat_positions if part == "positions" else _WHOLE["positions"]
+    for module in (sync_step, tree_runner):
+        module.compact = _move_nothing if part == "compaction" else _WHOLE["compaction"]
+        module.target_rows = _first_row if part == "hidden" else _WHOLE["hidden"]
+
+
+def _move_nothing(*_: Any) -> int:
+    return 0
 
 
 def _causal_rows(trees: Any, **how: Any) -> TreeRows:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from vllm_specplugin.vllm.runner.step_in_flight import step_of
+
 _VALUES = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
 
 
@@ -26,14 +28,22 @@ def poison(llm: Any, request: dict[str, Any]) -> None:
 
         def spoilt(hidden: torch.Tensor, *args: Any) -> torch.Tensor:
             logits = compute(hidden, *args)
-            step = getattr(runner, "spec_step", None)
-            rows = 1 if step is None else int(step.layout.starts[1])
+            layout = getattr(_step(runner), "layout", None)
+            rows = 1 if layout is None else int(layout.starts[1])
             logits[:rows, 7 if one else slice(None)] = _VALUES[kind]
             return logits
 
         runner.model.compute_logits = spoilt
 
     llm.collective_rpc(install)
+
+
+def _step(runner: Any) -> Any:
+    """The plugin's step that the runner computes, if it is ours."""
+    if (first := getattr(runner, "spec_step", None)) is not None:
+        return first
+    state = getattr(runner, "execute_model_state", None)
+    return None if state is None else step_of(state.input_batch)
 
 
 def step_times(llm: Any, request: dict[str, Any]) -> str:

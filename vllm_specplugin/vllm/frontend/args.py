@@ -13,6 +13,8 @@ from vllm_specplugin.config import CONFIG_KEY, SpecConfig, resolve
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.vllm.compat.log_setup import log_as_vllm_does
 from vllm_specplugin.vllm.compat.seams import check_version
+from vllm_specplugin.vllm.cpu_kernels.prepare import SECOND_RUNNER
+from vllm_specplugin.vllm.cpu_kernels.prepare import needed as twins_needed
 from vllm_specplugin.vllm.frontend.runner_choice import choose_runner
 
 __all__ = ["DRAFTER", "WORKER", "add_flags", "apply_flags", "check_worker", "engine_arguments"]
@@ -59,6 +61,9 @@ def engine_arguments(
         drafted = choice.nodes
         # Requests that chose another rule would be decided on the host.
         config = replace(config, request_scorers=(config.scorer,))
+    own: dict[str, Any] = {CONFIG_KEY: config.to_dict()}
+    if choice.second and twins_needed():
+        own[SECOND_RUNNER] = True
     arguments: dict[str, Any] = {
         "worker_cls": WORKER,
         "speculative_config": {
@@ -69,7 +74,7 @@ def engine_arguments(
             # placeholders up to num_speculative_tokens.
             "num_speculative_tokens_per_batch_size": [[1, 1, drafted]],
         },
-        "additional_config": {CONFIG_KEY: config.to_dict()},
+        "additional_config": own,
     }
     if choice.nodes is None and (choice.second or asynchronous is None):
         # Left to itself vLLM schedules its own draft models asynchronously on a GPU.

@@ -3,7 +3,9 @@
 vLLM picks its second model runner wherever there is Triton, unless the variable
 ``VLLM_USE_V2_MODEL_RUNNER`` says otherwise, and schedules asynchronously if the
 drafter lives on the device. The plugin keeps to that, except where its proposer,
-scorer or policy needs something else; then it says so.
+scorer or policy needs something else; then it says so. On a CPU without Triton it
+brings compiled kernels (:mod:`~vllm_specplugin.vllm.cpu_kernels`) and picks the
+second runner too; scheduling stays synchronous there, as vLLM has it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from vllm_specplugin.api.device_proposer import OffersDevice
 from vllm_specplugin.config import SpecConfig, resolve
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.utils.env import use_first_runner
+from vllm_specplugin.vllm.cpu_kernels.prepare import needed as twins_needed
 
 __all__ = ["DRIVEN", "RunnerChoice", "choose_runner", "second_runner_offered"]
 
@@ -50,7 +53,7 @@ def second_runner_offered() -> bool:
     from vllm.triton_utils import HAS_TRITON
 
     wanted = envs.VLLM_USE_V2_MODEL_RUNNER
-    return bool(HAS_TRITON if wanted is None else wanted)
+    return bool(HAS_TRITON or twins_needed() if wanted is None else wanted)
 
 
 def choose_runner(
@@ -86,7 +89,7 @@ def choose_runner(
                     "unset the variable",
                 )
             )
-        if driven:  # vLLM sees by itself that it cannot run the others
+        if driven and not twins_needed():  # vLLM sees by itself that it cannot run the others
             use_first_runner()
         why = f"vLLM's first model runner, because proposer {config.proposer!r} " + (
             "runs its draft model level by level" if driven else "is not on the second"

@@ -28,12 +28,18 @@ __all__ = ["compact", "device_rows", "move_rows"]
 _ROWS_ATTRIBUTE = "specplugin_kv_rows"
 
 
-def compact(runner: Any, plan: TreeAttentionPlan, moves: Sequence[Move]) -> int:
+def compact(
+    runner: Any,
+    plan: TreeAttentionPlan,
+    slots: Sequence[torch.Tensor],
+    moves: Sequence[Move],
+) -> int:
     """Stores misplaced accepted rows again, in all layers.
 
     Args:
-        runner: vLLM's runner, for its layers and slot mappings.
+        runner: vLLM's runner, for its layers.
         plan: the step's plan, with the keys and values put aside.
+        slots: ``[rows]`` by group: cache slot of each flat row of the step.
         moves: what is out of place.
 
     Returns:
@@ -47,8 +53,6 @@ def compact(runner: Any, plan: TreeAttentionPlan, moves: Sequence[Move]) -> int:
         for i, move in enumerate(moves):
             pairs[0, i, : len(move.source)] = move.source
             pairs[1, i, : len(move.target)] = move.target
-        tables = runner.input_batch.block_table
-        slots = [tables[gid].slot_mapping.gpu for gid in range(len(groups))]
         move_rows(groups, slots, *torch.from_numpy(pairs).to(plan.device))
         return int((pairs[0] >= 0).sum())
     source = np.concatenate([move.source for move in moves])
@@ -57,13 +61,13 @@ def compact(runner: Any, plan: TreeAttentionPlan, moves: Sequence[Move]) -> int:
     rows = torch.from_numpy(target).to(plan.device)
     context = runner.compilation_config.static_forward_context
     for gid, group in enumerate(runner.kv_cache_config.kv_cache_groups):
-        slots = runner.input_batch.block_table[gid].slot_mapping.gpu[rows]
+        where = slots[gid][rows]
         for name in group.layer_names:
             if name not in plan.kept:  # a draft model's: it keeps its own
                 continue
             layer = context[name]
             key, value = plan.kept[name]
-            layer.impl.do_kv_cache_update(layer, key[kept], value[kept], layer.kv_cache, slots)
+            layer.impl.do_kv_cache_update(layer, key[kept], value[kept], layer.kv_cache, where)
     return len(source)
 
 

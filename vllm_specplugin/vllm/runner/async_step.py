@@ -24,7 +24,7 @@ from vllm_specplugin.vllm.runner.state import SpecState
 from vllm_specplugin.vllm.runner.step_in_flight import DeviceStep, StepInFlight
 from vllm_specplugin.vllm.runner.target_rows import rows_of
 from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
-from vllm_specplugin.vllm.tree_attention.device_trees import walk
+from vllm_specplugin.vllm.tree_attention.device_trees import DeviceTrees, walk
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
@@ -50,6 +50,8 @@ class DeviceSteps:
         device = runner.device
         self._runner = runner
         self._counters = DeviceCounters(_COUNTERS, device)
+        self._trees = DeviceTrees(runner.max_num_reqs, runner.num_speculative_steps, device)
+        self.mask_rows: int | None = self._trees.max_nodes
         shape = (runner.max_num_reqs, runner.num_speculative_steps)
         self._tokens = torch.full(shape, -1, dtype=torch.int64, device=device)
         self._parents = torch.full_like(self._tokens, -1)
@@ -93,11 +95,11 @@ class DeviceSteps:
         self, scheduler_output: SchedulerOutput, batch: InputBatch, started: float
     ) -> DeviceStep:
         del scheduler_output, started
-        self._runner.device_trees.clear()
+        self._trees.clear()
         counts = batch.num_draft_tokens_per_req
         if counts is None or not counts.any():
             return DeviceStep(plan=None, nodes=None)
-        trees, slots = self._runner.device_trees, batch.idx_mapping
+        trees, slots = self._trees, batch.idx_mapping
         scheduled = batch.cu_num_logits.diff()[: batch.num_reqs] - 1
         trees.lay_out(self._tokens[slots], self._parents[slots], scheduled)
         nodes = DeviceTreePlan(trees, batch.query_start_loc, batch.seq_lens)
@@ -116,7 +118,7 @@ class DeviceSteps:
         top = self._likeliest(logits)
         rows = Rows(runner.sampler, logits, batch)
         chosen = rows.draw()
-        count, most = batch.num_reqs, runner.device_trees.max_nodes
+        count, most = batch.num_reqs, self._trees.max_nodes
         starts = batch.cu_num_logits[:count].long()
         if step.nodes is None:
             path = torch.zeros(count, 1, dtype=torch.int64, device=logits.device)
@@ -125,7 +127,7 @@ class DeviceSteps:
         else:
             places = torch.arange(1 + most, device=logits.device)
             at = (starts[:, None] + places).clamp(max=len(chosen) - 1)
-            trees = runner.device_trees
+            trees = self._trees
             tokens = trees.tokens[:count]
             if invalid is not None:
                 tokens = tokens.masked_fill(invalid[at[:, 1:]], -1)
@@ -224,7 +226,7 @@ class DeviceSteps:
         del own
         assert isinstance(step, DeviceStep)
         runner, slots, parts = self._runner, batch.idx_mapping, self._spec.parts
-        count, most = len(slots), runner.device_trees.max_nodes
+        count, most = len(slots), self._trees.max_nodes
         tokens = torch.full((count, most), -1, dtype=torch.int64, device=slots.device)
         parents = tokens.clone()
         if parts.config.proposer != "none" and parts.drafter.enabled:

@@ -21,7 +21,7 @@ from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
-__all__ = ["DeviceStep", "FirstRunnerStep", "HostStep", "StepInFlight", "attach", "step_of"]
+__all__ = ["DeviceStep", "HostStep", "StepInFlight", "attach", "step_of"]
 
 _ATTRIBUTE = "specplugin_step"
 
@@ -30,7 +30,7 @@ _ATTRIBUTE = "specplugin_step"
 class StepInFlight:
     """What both kinds of step carry."""
 
-    plan: DeviceTreePlan | None
+    plan: TreeAttentionPlan | DeviceTreePlan | None
     """The trees that attention masks; ``None`` where none branches."""
     slot_mappings: torch.Tensor | None = None
     """``[groups, rows]`` cache slot of each flat row; set by ``prepare_attn``."""
@@ -40,6 +40,7 @@ class StepInFlight:
 class HostStep(StepInFlight):
     """A step whose trees the host knows."""
 
+    plan: TreeAttentionPlan | None
     layout: StepLayout
     num_tokens: int
     """Tokens of the step, prompts included."""
@@ -52,17 +53,10 @@ class HostStep(StepInFlight):
 
 
 @dataclass(slots=True, kw_only=True)
-class FirstRunnerStep(HostStep):
-    """A step of vLLM's first runner, whose trees are arrays on the host."""
-
-    masked: TreeAttentionPlan | None
-    """In the place of ``plan``."""
-
-
-@dataclass(slots=True, kw_only=True)
 class DeviceStep(StepInFlight):
     """A step whose trees only the device knows."""
 
+    plan: DeviceTreePlan | None
     nodes: DeviceTreePlan | None
     """Its trees, chains included; ``None`` without drafts."""
     emitted_from: torch.Tensor | None = None

@@ -24,6 +24,9 @@ __all__ = ["StepPath"]
 class StepPath(Protocol):
     """One way to compute steps; methods in the order of a step."""
 
+    mask_rows: int | None
+    """Rows of each request's tree mask, ``None`` for as many as a step needs."""
+
     def admit(self, slot: int, new: NewRequestData) -> None:
         """A request takes a slot, as new or back from preemption."""
         ...

@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm_specplugin.api import ScoreResult, TargetRows
 from vllm_specplugin.step.draft_request import DraftInputs, DraftRequest
 from vllm_specplugin.trees.step_layout import StepLayout, scheduled_tree
-from vllm_specplugin.vllm.kv_cache.path_compaction import compact_paths
+from vllm_specplugin.vllm.kv_cache.compaction import compact
 from vllm_specplugin.vllm.runner.bookkeeping import (
     GREEDY,
     count_step,
@@ -34,7 +34,7 @@ from vllm_specplugin.vllm.runner.step_in_flight import HostStep, StepInFlight
 from vllm_specplugin.vllm.runner.target_rows import likeliest, show, target_rows
 from vllm_specplugin.vllm.runner.tensor_parallel import fingerprint
 from vllm_specplugin.vllm.runner.token_history import TokenHistory
-from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
+from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
@@ -51,6 +51,8 @@ class HostSteps:
     Args:
         runner: vLLM's, of ours.
     """
+
+    mask_rows: int | None = None
 
     def __init__(self, runner: TreeRunner) -> None:
         self._runner = runner
@@ -76,10 +78,8 @@ class HostSteps:
     def prepare(
         self, scheduler_output: SchedulerOutput, batch: InputBatch, started: float
     ) -> HostStep:
-        scheduled, drafted = (
-            scheduler_output.scheduled_spec_decode_tokens,
-            self._spec.requests.trees,
-        )
+        scheduled = scheduler_output.scheduled_spec_decode_tokens
+        drafted = self._spec.requests.trees
         trees = [
             scheduled_tree(scheduled.get(req_id, ()), drafted.get(req_id))
             for req_id in batch.req_ids
@@ -91,25 +91,14 @@ class HostSteps:
             root_rows=[end - 1 - len(tree) for end, tree in zip(ends, trees)],
             root_positions=[n - 1 - len(tree) for n, tree in zip(lengths, trees)],
         )
-        self._runner.device_trees.clear()
+        scheduled_tokens, device = batch.num_scheduled_tokens, self._runner.device
         return HostStep(
-            plan=self._plan(layout, batch) if layout.branching else None,
+            plan=TreeAttentionPlan.of(layout, scheduled_tokens, device),
             layout=layout,
             num_tokens=batch.num_tokens,
             started=started,
             fingerprint=fingerprint(layout),
         )
-
-    def _plan(self, layout: StepLayout, batch: InputBatch) -> DeviceTreePlan:
-        device_trees, device = self._runner.device_trees, self._runner.device
-        shape = (len(layout.trees), device_trees.max_nodes)
-        tokens, parents = np.full((2, *shape), -1, dtype=np.int64)
-        for row, tree in enumerate(layout.trees):
-            tokens[row, : len(tree)] = tree.tokens
-            parents[row, : len(tree)] = tree.parents
-        counts = (layout.counts - 1).astype(np.int32)
-        device_trees.lay_out(*(torch.from_numpy(x).to(device) for x in (tokens, parents, counts)))
-        return DeviceTreePlan(device_trees, batch.query_start_loc, batch.seq_lens)
 
     def sample(
         self,
@@ -141,9 +130,9 @@ class HostSteps:
         )
         if step.plan is not None:
             assert step.slot_mappings is not None, "sample() without prepare_attn()"
-            path = _paths(layout, step.plan.trees.max_nodes, result, logits.device)
-            moved = compact_paths(runner, step.plan, step.slot_mappings, path)
-            spec.parts.metrics.kv_rows_moved += int(moved)
+            moves = layout.moves(result.rows, result.lengths)
+            moved = compact(runner, step.plan, list(step.slot_mappings), moves)
+            spec.parts.metrics.kv_rows_moved += moved
         if top is not None:
             roots = history.tokens[slots, np.asarray(layout.root_positions)]
             scopes = spec.parts.scorer.scopes(batch.req_ids)
@@ -220,17 +209,6 @@ class HostSteps:
         """Ragged, unlike what vLLM's own drafters give."""
         drafts, self._drafts = self._drafts, DraftTokenIds([], [])
         return drafts
-
-
-def _paths(
-    layout: StepLayout, max_nodes: int, result: ScoreResult, device: torch.device
-) -> torch.Tensor:
-    """``[requests, 1 + max_nodes]`` accepted nodes by depth, counted from 1."""
-    path = np.zeros((len(layout.trees), max_nodes + 1), dtype=np.int64)
-    own = result.rows - layout.starts[:-1, None]
-    live = np.arange(own.shape[1]) < result.lengths[:, None]
-    path[:, : own.shape[1]] = np.where(live, own, 0)
-    return torch.from_numpy(path).to(device)
 
 
 def _output(rows: Rows, batch: InputBatch, result: ScoreResult) -> SamplerOutput:

@@ -39,7 +39,6 @@ from vllm_specplugin.vllm.runner.step_path import StepPath
 from vllm_specplugin.vllm.runner.sync_step import HostSteps
 from vllm_specplugin.vllm.runner.tree_support import chains_only_reason
 from vllm_specplugin.vllm.tree_attention.backend import PLAN_ATTRIBUTE
-from vllm_specplugin.vllm.tree_attention.device_trees import DeviceTrees
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -98,12 +97,10 @@ class TreeRunner(_Runner):
     spec_noise = NoiseKind.MURMUR
     spec_path: StepPath
     spec_requests: dict[str, NewRequestData]
-    device_trees: DeviceTrees
 
     def adopted(self) -> None:
         """Called by the worker, once the runner is ours."""
         self.spec_requests = {}
-        self.device_trees = DeviceTrees(self.max_num_reqs, self.num_speculative_steps, self.device)
         asynchronous = self.scheduler_config.async_scheduling
         self.spec_path = DeviceSteps(self) if asynchronous else HostSteps(self)
         become(self.speculator, TreeSpeculator, self)

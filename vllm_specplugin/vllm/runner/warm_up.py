@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from vllm_specplugin.vllm.kv_cache.compaction import device_rows
+from vllm_specplugin.vllm.runner.step_path import StepPath
 from vllm_specplugin.vllm.tree_attention import cpu
 from vllm_specplugin.vllm.tree_attention import gpu as device
 
@@ -109,10 +110,10 @@ def _ways(runner: Any, layer: Any, most: int) -> Iterator[tuple[int, int, int, b
 
 
 def _mask_rows(runner: Any, rows: int, all_rows: bool) -> int:
-    """Rows of a request's mask: of the buffers that the second runner keeps, or as
-    many as a step needs."""
-    kept = getattr(runner, "device_trees", None)
-    return rows - int(all_rows) if kept is None else kept.max_nodes
+    """Rows of a request's mask: of buffers that are kept, or as many as a step needs."""
+    path: StepPath | None = getattr(runner, "spec_path", None)
+    kept = None if path is None else path.mask_rows
+    return rows - int(all_rows) if kept is None else kept
 
 
 def _steps(largest: int, least: int = 1) -> list[int]:

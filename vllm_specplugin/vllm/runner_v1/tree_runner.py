@@ -44,7 +44,7 @@ from vllm_specplugin.vllm.runner.bookkeeping import (
     score_rows,
 )
 from vllm_specplugin.vllm.runner.state import SpecState
-from vllm_specplugin.vllm.runner.step_in_flight import FirstRunnerStep
+from vllm_specplugin.vllm.runner.step_in_flight import HostStep
 from vllm_specplugin.vllm.runner.target_rows import likeliest, show, target_rows
 from vllm_specplugin.vllm.runner.tensor_parallel import fingerprint
 from vllm_specplugin.vllm.runner.tree_support import chains_only_reason
@@ -53,7 +53,7 @@ from vllm_specplugin.vllm.runner_v1.logits import gather_logprobs, process_logit
 from vllm_specplugin.vllm.runner_v1.native_drafts import NativeCall
 from vllm_specplugin.vllm.runner_v1.paged_model import DraftSession, PagedDraftModel
 from vllm_specplugin.vllm.tree_attention.backend import PLAN_ATTRIBUTE
-from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan, plan_tree_rows
+from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -71,7 +71,7 @@ class TreeRunnerV1(_Runner):
     """Mixed into vLLM's runner class by the worker."""
 
     spec: SpecState
-    spec_step: FirstRunnerStep | None = None
+    spec_step: HostStep | None = None
     """The step in flight: this runner hands no object of its own along."""
     spec_draft_model: PagedDraftModel | None = None
     _waiting: NativeCall | None = None
@@ -111,38 +111,17 @@ class TreeRunnerV1(_Runner):
         started = time.perf_counter()
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         layout = self._lay_out(scheduler_output, num_scheduled_tokens)
-        plan = None
-        if layout.branching:
-            rows, positions = layout.node_positions()
-            index = torch.from_numpy(rows).to(self.positions.device)
-            self.positions[index] = torch.from_numpy(positions).to(index.device)
-            plan = self._plan(layout, rows, num_scheduled_tokens)
-        self.spec_step = FirstRunnerStep(
-            plan=None,
-            masked=plan,
+        plan = TreeAttentionPlan.of(layout, num_scheduled_tokens, self.positions.device)
+        if plan is not None:
+            plan.place(self.positions)
+        self.spec_step = HostStep(
+            plan=plan,
             layout=layout,
             num_tokens=int(num_scheduled_tokens.sum()),
             started=started,
             fingerprint=fingerprint(layout),
         )
         return prepared
-
-    def _plan(self, layout: StepLayout, node_rows: Any, num_tokens: Any) -> TreeAttentionPlan:
-        every = [
-            (i, row, position, tree)
-            for i, (row, position, tree) in enumerate(
-                zip(layout.root_rows, layout.root_positions, layout.trees)
-            )
-        ]
-        # A row beyond root and nodes is a prompt's; those may be thousands.
-        prompts = (np.asarray(num_tokens) != layout.counts).any()
-        return TreeAttentionPlan(
-            plan_tree_rows([every[i] for i in layout.branching]),
-            node_rows,
-            self.positions.device,
-            requests=len(every),
-            whole=None if prompts else every,
-        )
 
     def _lay_out(self, scheduler_output: Any, num_scheduled_tokens: Any) -> StepLayout:
         batch = self.input_batch
@@ -167,10 +146,10 @@ class TreeRunnerV1(_Runner):
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         metadata, common = super()._build_attention_metadata(*args, **kwargs)
         step = self.spec_step
-        if step is not None and step.masked is not None:
+        if step is not None and step.plan is not None:
             assert isinstance(metadata, dict), "micro-batches have no trees"
             for layer_metadata in metadata.values():
-                setattr(layer_metadata, PLAN_ATTRIBUTE, step.masked)
+                setattr(layer_metadata, PLAN_ATTRIBUTE, step.plan)
         return metadata, common
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> SamplerOutput:
@@ -199,10 +178,12 @@ class TreeRunnerV1(_Runner):
         step.emitted_from = result.rows[np.arange(count), result.lengths - 1]
         if self.spec_draft_model is not None:
             self.spec_draft_model.commit(layout, result)
-        if step.masked is not None:
+        if step.plan is not None:
             moves = layout.moves(result.rows, result.lengths)
-            spec.parts.metrics.kv_rows_moved += compact(self, step.masked, moves)
-            step.masked = None
+            groups = range(len(self.kv_cache_config.kv_cache_groups))
+            slots = [batch.block_table[gid].slot_mapping.gpu for gid in groups]
+            spec.parts.metrics.kv_rows_moved += compact(self, step.plan, slots, moves)
+            step.plan = None
         count_step(spec, step, result, req_ids, sampled, began)
         return SamplerOutput(
             sampled_token_ids=torch.from_numpy(result.tokens).to(logits.device),
@@ -261,7 +242,7 @@ class TreeRunnerV1(_Runner):
             native.finish()
         return drafts
 
-    def _inputs(self, native: NativeCall, step: FirstRunnerStep) -> DraftInputs:
+    def _inputs(self, native: NativeCall, step: HostStep) -> DraftInputs:
         model, emitted_from = self.spec_draft_model, step.emitted_from
         place = self.input_batch.req_id_to_index
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_specplugin.trees.step_layout import StepLayout
 from vllm_specplugin.trees.tree import DraftTree
 
 __all__ = [
@@ -146,6 +147,8 @@ class TreeAttentionPlan:
     rows: TreeRows
     node_rows: npt.NDArray[np.int64]
     """``[k]`` flat rows whose keys and values are kept."""
+    node_positions: npt.NDArray[np.int64]
+    """``[k]`` their positions, ``root + depth``."""
     device: torch.device
     requests: int = 0
     """Of the step, with or without a tree."""
@@ -154,6 +157,42 @@ class TreeAttentionPlan:
     no row of the step is of a chunk of a prompt."""
     kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """``layer name -> (keys, values)``, each ``[k, kv_heads, head_size]``."""
+
+    @classmethod
+    def of(
+        cls, layout: StepLayout, num_scheduled: npt.NDArray[np.integer], device: torch.device
+    ) -> TreeAttentionPlan | None:
+        """The plan of a step; ``None`` where no tree branches.
+
+        Args:
+            layout: of the step.
+            num_scheduled: ``[requests]`` tokens of each, prompt chunks included.
+            device: where the engine computes.
+        """
+        if not layout.branching:
+            return None
+        every = [
+            (i, row, position, tree)
+            for i, (row, position, tree) in enumerate(
+                zip(layout.root_rows, layout.root_positions, layout.trees)
+            )
+        ]
+        # A row beyond root and nodes is a prompt's; those may be thousands.
+        prompts = (np.asarray(num_scheduled) != layout.counts).any()
+        rows, positions = layout.node_positions()
+        return cls(
+            plan_tree_rows([every[i] for i in layout.branching]),
+            rows,
+            positions,
+            device,
+            requests=len(every),
+            whole=None if prompts else every,
+        )
+
+    def place(self, positions: torch.Tensor) -> None:
+        """Turns the nodes' flat positions into ``root + depth``, in place."""
+        index = self.node_index
+        positions[index] = torch.from_numpy(self.node_positions).to(index.device)
 
     @cached_property
     def every(self) -> TreeRows | None:
