@@ -122,8 +122,10 @@ def test_missing_methods_are_named(own):
 
 
 def test_a_function_is_no_class(own):
-    with pytest.raises(UnknownNameError, match=r"is a function: expected a class"):
+    with pytest.raises(ConfigError, match=r"is a function: expected a class"):
         own.get("json:dumps")
+    with pytest.raises(ConfigError, match=r"is a function: expected a class"):
+        own.register("made", lambda config, engine: None)
 
 
 @pytest.mark.parametrize("name", ["none", "taken"])

@@ -31,7 +31,7 @@ _RENAMED = {
 
 
 @cache
-def complete(factory: type, base: type[A]) -> type[A]:
+def complete(factory: object, base: type[A]) -> type[A]:
     """The class as the engine uses it.
 
     Args:
@@ -43,9 +43,15 @@ def complete(factory: type, base: type[A]) -> type[A]:
         optional members that ``factory`` lacks have their defaults.
 
     Raises:
-        ConfigError: a method is missing, or a member looks like one for the engine and
-            is not.
+        ConfigError: it is no class, a method is missing, or a member looks like one for
+            the engine and is not.
     """
+    if not isinstance(factory, type):
+        raise ConfigError(
+            complain(
+                f"{factory!r} is a {type(factory).__name__}", "a class", "name the class itself"
+            )
+        )
     name = f"{factory.__module__}:{factory.__qualname__}"
     if issubclass(factory, base):
         whole: type[A] = factory
@@ -114,7 +120,7 @@ def _check_names(owner: str, members: Iterable[str]) -> None:
                     f"write {_RENAMED[member]}",
                 )
             )
-        if member.lower().startswith("need") and member != "needs":
+        if member == "need" or (member.startswith(("needs", "need_")) and member != "needs"):
             raise ConfigError(
                 complain(
                     f"{owner}.{member}, which the engine does not know",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from vllm_specplugin.api import AlgorithmBase, PolicyBase, ProposerBase, ScorerBase
 from vllm_specplugin.contract import complete
@@ -82,7 +82,7 @@ class Registry(Generic[A]):
         """
         return complete(self._find(name), self.base)
 
-    def _find(self, name: str) -> type:
+    def _find(self, name: str) -> Any:
         if path := self._builtin.get(name):
             return self._import(name, path)
         if factory := self._registered.get(name):
@@ -104,7 +104,7 @@ class Registry(Generic[A]):
     def _entry_points(self) -> list[EntryPoint]:
         return list(entry_points(group=self.group))
 
-    def _import(self, name: str, path: str) -> type:
+    def _import(self, name: str, path: str) -> Any:
         module_name, _, attribute = path.replace(":", ".").rpartition(".")
         try:
             factory = getattr(importlib.import_module(module_name), attribute)
@@ -117,14 +117,6 @@ class Registry(Generic[A]):
                     "environment of the server",
                 )
             ) from error
-        if not isinstance(factory, type):
-            raise UnknownNameError(
-                complain(
-                    f"{self.kind} {name!r} at {path!r} is a {type(factory).__name__}",
-                    "a class",
-                    "name the class itself",
-                )
-            )
         return factory
 
 
