@@ -48,12 +48,10 @@ def test_they_are_those_of_the_tensors(noise, coupled, depth, spread):
 @pytest.mark.parametrize("noise", [NoiseKind.PHILOX, NoiseKind.MURMUR])
 def test_keys_are_the_same_numbers(noise):
     """An ulp would do to turn the order of two tokens round."""
-    from vllm_specplugin.proposers._model_tree import top_keys_numba
-
-    seen, found = [], top_keys_numba.best_keys
+    seen, found = [], growth.best_keys
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            top_keys_numba,
+            growth,
             "best_keys",
             lambda keys, *rest: (found(keys, *rest), seen.append(keys.copy())),
         )

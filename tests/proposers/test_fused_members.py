@@ -120,7 +120,7 @@ def test_what_it_is_shown_is_of_the_requests_it_is_asked_for():
     assert [r.req_id for r in shown.requests] == ["new"]
     whole = propose_context(view("new", [8, 5])).target
     np.testing.assert_array_equal(shown.target.hidden, whole.hidden)
-    assert [v.req_id for v in shown.draft_model.views] == ["new"]
+    assert [v.req_id for v in shown.draft_model.requests] == ["new"]
 
 
 def test_where_all_is_copied_it_is_asked_only_to_see():

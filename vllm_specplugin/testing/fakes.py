@@ -33,15 +33,15 @@ class FakeDraftModel:
         slots: int = 64,
         behind: Sequence[int] = (),
     ) -> None:
-        self._requests, self._logits = requests, logits
+        self.requests, self._logits = requests, logits
         self._slots = [slots] * len(requests)
         self._behind = behind
         self.levels: list[list[tuple[int, int, int]]] = []
         """``(owner, parent, token)`` of each node, a list per call of :meth:`extend`."""
 
     def roots(self) -> tuple[Ints, torch.Tensor]:
-        ready = [i for i in range(len(self._requests)) if i not in self._behind]
-        last = torch.tensor([int(self._requests[i].tokens[-1]) for i in ready])
+        ready = [i for i in range(len(self.requests)) if i not in self._behind]
+        last = torch.tensor([int(self.requests[i].tokens[-1]) for i in ready])
         return np.array(ready, dtype=np.int64), self._logits[last.long()].clone()
 
     def extend(self, owners: Ints, parents: Ints, tokens: Ints) -> torch.Tensor:
@@ -61,7 +61,7 @@ class FakeDraftModel:
 
     def take(self, indices: Sequence[int]) -> FakeDraftModel:
         assert not self.levels, "take() must come before drafting"
-        return FakeDraftModel([self._requests[i] for i in indices], self._logits)
+        return FakeDraftModel([self.requests[i] for i in indices], self._logits)
 
 
 class FakeNativeDrafts:
