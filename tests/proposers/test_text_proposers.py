@@ -286,6 +286,6 @@ def test_importing_the_proposers_is_cheap():
     code = (
         "import sys; import vllm_specplugin.proposers.ngram, "
         "vllm_specplugin.proposers.suffix; "
-        "assert not {'numba', 'torch', 'vllm'} & set(sys.modules)"
+        "assert not {'torch', 'vllm'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
