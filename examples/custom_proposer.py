@@ -6,15 +6,21 @@ with this folder on PYTHONPATH, or offline as at the end of this file.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_specplugin import DraftTree
-from vllm_specplugin.api import EngineInfo, ProposeContext
-from vllm_specplugin.config import option
+from vllm_specplugin import (
+    DraftTree,
+    EngineInfo,
+    ProposeContext,
+    ProposerBase,
+    option,
+    speculate,
+)
 
 
-class RepeatLastLine:
+class RepeatLastLine(ProposerBase):
     """Drafts the tokens that stand ``back`` and more before the next one."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -27,21 +33,15 @@ class RepeatLastLine:
         self._back = config.back
 
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
-        return [
-            DraftTree.chain(request.tokens[-self._back :][: min(self._back, request.max_nodes)])
-            for request in ctx.requests
-        ]
-
-    def release(self, req_ids: Sequence[str]) -> None:
-        """Nothing is kept per request."""
+        trees = []
+        for request in ctx.requests:
+            most = min(request.max_nodes, request.max_depth)
+            trees.append(DraftTree.chain(request.tokens[-self._back :][:most]))
+        return trees
 
 
 if __name__ == "__main__":
-    import sys
-
     from vllm import LLM, SamplingParams
-
-    from vllm_specplugin import speculate
 
     llm = LLM(sys.argv[1], **speculate("custom_proposer:RepeatLastLine", max_nodes=4))
     params = SamplingParams(max_tokens=32, temperature=0)

@@ -26,9 +26,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView
-from vllm_specplugin.config import parse_options
+from vllm_specplugin.api import EngineInfo, Needs, ProposeContext, ProposerBase, RequestView
+from vllm_specplugin.config import construct, parse_config
 from vllm_specplugin.errors import ConfigError, complain
+from vllm_specplugin.proposers._fused import merge_numba
 from vllm_specplugin.proposers._fused.member import Member
 from vllm_specplugin.registry import PROPOSERS
 from vllm_specplugin.step.calibration import Calibration
@@ -64,7 +65,7 @@ class _Past(NamedTuple):
     """Length of the text that was drafted for."""
 
 
-class FusedProposer:
+class FusedProposer(ProposerBase):
     """Drafts with several proposers at once."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -82,17 +83,11 @@ class FusedProposer:
     def __init__(
         self, config: Config, engine: EngineInfo, clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        from vllm_specplugin.proposers._fused import (
-            merge_numba,  # compiles
-        )
-
-        self._compiled: Any = merge_numba
         self._members = [
-            Member(name, factory(options, engine), engine.vocab_size, clock)
+            Member(name, construct(factory, options, engine), engine.vocab_size, clock)
             for name, factory, options in _resolve(config)
         ]
-        self.native = any(getattr(m.proposer, "native", False) for m in self._members)
-        self.couples = any(getattr(m.proposer, "couples", False) for m in self._members)
+        self.needs = self._needs()
         self._agreed = Calibration()
         self._past: dict[str, _Past] = {}
 
@@ -104,9 +99,9 @@ class FusedProposer:
             ConfigError: more than one member asks for a drafter of vLLM's.
         """
         asked = {
-            name: factory.speculative(options)
+            name: keys
             for name, factory, options in _resolve(config)
-            if hasattr(factory, "speculative")
+            if (keys := factory.speculative(options))
         }
         if len(asked) > 1:
             raise ConfigError(
@@ -118,30 +113,26 @@ class FusedProposer:
             )
         return next(iter(asked.values()), {})
 
-    @property
-    def needs_hidden(self) -> bool:
-        return any(getattr(m.proposer, "needs_hidden", False) for m in self._members)
+    separates_scopes = True
 
-    @property
-    def needs_lm_head(self) -> bool:
-        return any(getattr(m.proposer, "needs_lm_head", False) for m in self._members)
-
-    @property
-    def needs_top(self) -> int:
-        return max((m.needs_top for m in self._members if m.enabled), default=0)
-
-    knows_scopes = True
+    def _needs(self) -> Needs:
+        all_needs = [m.proposer.needs for m in self._members]
+        return Needs(
+            top_tokens=max((m.top_tokens for m in self._members if m.enabled), default=0),
+            hidden=any(needs.hidden for needs in all_needs),
+            lm_head=any(needs.lm_head for needs in all_needs),
+            vllm_drafter=any(needs.vllm_drafter for needs in all_needs),
+            coupled_drafter=any(needs.coupled_drafter for needs in all_needs),
+        )
 
     def observe_rows(
         self, tokens: IntArray, top: IntArray, emitted: IntArray, scope: str = ""
     ) -> None:
         for m in self._members:
-            if scope and not getattr(m.proposer, "knows_scopes", False):
-                continue
-            if n := m.needs_top:
-                named = {"scope": scope} if scope else {}
-                shown = tokens, top[:, :n], emitted
-                m.attempt(partial(_call, m.proposer, "observe_rows", *shown, **named))
+            if m.top_tokens and (not scope or m.proposer.separates_scopes):
+                shown = tokens, top[:, : m.top_tokens], emitted
+                m.attempt(partial(m.proposer.observe_rows, *shown, scope=scope))
+        self.needs = self._needs()  # a member may have been left out
 
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
         views = ctx.requests
@@ -155,13 +146,14 @@ class FusedProposer:
         values = np.where(call.agreed, np.maximum(merged.estimates, raised), merged.estimates)
         keep = np.empty(len(values), dtype=np.bool_)
         most = np.array([view.max_nodes for view in views])
-        self._compiled.likeliest(merged.starts, merged.parents, values, most, keep)
+        merge_numba.likeliest(merged.starts, merged.parents, values, most, keep)
         expected = _tokens(merged, values, ctx.node_price)
         for k, m in enumerate(self._members):
             others = alone[:k] if k else alone[1:]
             m.learn(expected - others.max(axis=0, initial=0.0))
         for i, view in enumerate(views):
             self._past[view.req_id] = _Past(call, i, len(view.tokens))
+        self.needs = self._needs()
         return self._trees(merged, keep, values)
 
     def _draft(self, ctx: ProposeContext, sampled: Bools) -> tuple[list[DraftTree], Floats, Floats]:
@@ -210,7 +202,7 @@ class FusedProposer:
         starts = np.empty(count + 1, dtype=np.int64)
         tokens, parents, depths, votes = np.empty((4, size), dtype=np.int64)
         best = np.empty(size)
-        self._compiled.merge(
+        merge_numba.merge(
             count, forest.starts, forest.tokens, forest.parents, values,
             starts, tokens, parents, depths, best, votes,
         )  # fmt: skip
@@ -225,7 +217,7 @@ class FusedProposer:
     def _trees(self, forest: Forest, keep: Bools, values: Floats) -> list[DraftTree]:
         starts = np.empty(len(forest.starts), dtype=np.int64)
         parents = np.empty(len(forest), dtype=np.int64)
-        self._compiled.pack(forest.starts, forest.parents, keep, starts, parents)
+        merge_numba.pack(forest.starts, forest.parents, keep, starts, parents)
         tokens, values = forest.tokens[keep], values[keep]
         return [
             DraftTree(tokens[a:b], parents[a:b], values[a:b]) if a < b else EMPTY_TREE
@@ -287,10 +279,6 @@ class FusedProposer:
         _observe(self._agreed, call.merged, nodes, hits, owner, call, req_ids)
 
 
-def _call(proposer: Any, method: str, *args: Any, **named: Any) -> None:
-    getattr(proposer, method)(*args, **named)
-
-
 def _observe(
     calibration: Calibration,
     forest: Forest,
@@ -325,7 +313,7 @@ def _tokens(forest: Forest, values: Floats, price: float) -> Floats:
     return np.asarray(tokens, dtype=np.float64)
 
 
-def _resolve(config: FusedProposer.Config) -> list[tuple[str, Any, Any]]:
+def _resolve(config: FusedProposer.Config) -> list[tuple[str, type[ProposerBase], Any]]:
     """Name, factory and options of each member.
 
     Raises:
@@ -352,12 +340,6 @@ def _resolve(config: FusedProposer.Config) -> list[tuple[str, Any, Any]]:
     found = []
     for name in names:
         factory = PROPOSERS.get(name)
-        values = config.member_options.get(name, {})
-        kind = getattr(factory, "Config", None)
-        if kind is None and values:
-            raise ConfigError(
-                complain(f"options {values!r} for {name!r}", "none", "leave them out")
-            )
-        options = None if kind is None else parse_options(kind, values, f"{name} options")
+        options = parse_config(factory, config.member_options.get(name, {}), name)
         found.append((name, factory, options))
     return found

@@ -26,13 +26,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView
-from vllm_specplugin.api.device_proposer import DeviceProposer
+from vllm_specplugin.api import (
+    DeviceProposer,
+    EngineInfo,
+    Needs,
+    ProposeContext,
+    ProposerBase,
+    RequestView,
+)
 from vllm_specplugin.config import option
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.heads.accuracies import HeadCalibration
 from vllm_specplugin.heads.medusa import find_heads, load_heads
-from vllm_specplugin.proposers._model_tree.growth import Shape, children
+from vllm_specplugin.proposers._medusa.device import DeviceMedusa
+from vllm_specplugin.proposers._medusa.product_tree_numba import explore
+from vllm_specplugin.proposers._model_tree.growth import Shape, children, warm_up
 from vllm_specplugin.trees.tree import EMPTY_TREE, MAX_NODES, DraftTree
 
 __all__ = ["MedusaProposer"]
@@ -40,10 +48,8 @@ __all__ = ["MedusaProposer"]
 Floats = npt.NDArray[np.float64]
 
 
-class MedusaProposer:
+class MedusaProposer(ProposerBase):
     """Drafts with Medusa heads."""
-
-    needs_hidden = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -75,15 +81,12 @@ class MedusaProposer:
                 )
 
     def __init__(self, config: Config, engine: EngineInfo) -> None:
-        from vllm_specplugin.proposers._medusa.product_tree import explore  # compiles
-
-        self._explore = explore
         self._config = config
         path = find_heads(config.model)
         heads = load_heads(path, hidden_size=engine.hidden_size, vocab_size=engine.vocab_size)
         # At once, so that the engine counts them when it measures its memory.
         self._heads = heads.to(torch.device(engine.device), getattr(torch, engine.dtype))
-        self.needs_lm_head = not heads.shape.lm_heads
+        self.needs = Needs(hidden=True, lm_head=not heads.shape.lm_heads)
         self._depth = min(config.depth or heads.shape.heads, heads.shape.heads)
         self._calibration = _calibration(config, path, heads.shape.heads)
         self._shape = Shape(
@@ -99,7 +102,7 @@ class MedusaProposer:
             self._static = self._accuracies(False), self._accuracies(True)
         # Compiles now and not in a step.
         if engine.device == "cpu":
-            pass
+            warm_up()
         depths, ranks, parents = np.empty((3, 1), dtype=np.int32)
         explore(np.ones((1, 1)), 1, 0.0, depths, ranks, parents, np.empty(1))
 
@@ -107,7 +110,7 @@ class MedusaProposer:
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
         if not ctx.requests:
             return []
-        assert ctx.target is not None, "the runner gives what needs_hidden asks"
+        assert ctx.target is not None, "the engine gives what needs asks"
         weight = next(self._heads.parameters())
         hidden = ctx.target.hidden.to(weight.device, weight.dtype)
         logits = self._heads.token_logits(hidden, ctx.target.lm_head)[: self._depth]
@@ -118,14 +121,9 @@ class MedusaProposer:
         ]
 
     def on_device(self, nodes: int, device: torch.device) -> DeviceProposer:
-        """See :class:`~vllm_specplugin.api.device_proposer.OffersDevice`."""
+        """See :class:`~vllm_specplugin.api.OffersDevice`."""
         del device  # the heads are there
-        from vllm_specplugin.proposers._medusa.device import DeviceMedusa
-
         return DeviceMedusa(self._heads, self._calibration, self._shape, self._static, nodes)
-
-    def release(self, req_ids: Sequence[str]) -> None:
-        """Nothing is kept per request."""
 
     def _accuracies(self, sampled: bool) -> Floats:
         measured = self._calibration.accuracies(sampled)
@@ -157,7 +155,7 @@ class MedusaProposer:
         most = min(view.max_nodes, MAX_NODES)
         depths, ranks, parents = np.empty((3, most), dtype=np.int32)
         values = np.empty(most)
-        n = self._explore(estimates, view.max_depth, least, depths, ranks, parents, values)
+        n = explore(estimates, view.max_depth, least, depths, ranks, parents, values)
         if not n:
             return EMPTY_TREE
         return DraftTree(tokens[depths[:n] - 1, ranks[:n]], parents[:n], values[:n])

@@ -17,4 +17,4 @@ class MtpProposer(TreeDrafter):
 
     method = "mtp"
     weights = "they come with the target's"
-    needs_model = False
+    takes_model = False

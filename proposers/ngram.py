@@ -16,16 +16,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_specplugin.api import EngineInfo, ProposeContext
+from vllm_specplugin.api import EngineInfo, ProposeContext, ProposerBase
 from vllm_specplugin.config import option
 from vllm_specplugin.errors import ConfigError, complain
-from vllm_specplugin.proposers._history.drafter import HistoryDrafter, make_rule
+from vllm_specplugin.proposers._history.drafter import HistoryDrafter
+from vllm_specplugin.proposers._history.votes_numba import Rule
 from vllm_specplugin.trees.tree import DraftTree
 
 __all__ = ["NgramProposer"]
 
 
-class NgramProposer:
+class NgramProposer(ProposerBase):
     """Drafts from the request's own text.
 
     Raises:
@@ -61,7 +62,7 @@ class NgramProposer:
                     "raise max_match or lower min_match",
                 )
             )
-        rule = make_rule(
+        rule = Rule(
             min_match=config.min_match,
             max_match=config.max_match,
             occurrences=config.occurrences,
@@ -74,7 +75,7 @@ class NgramProposer:
             trust=config.trust,
             min_survival=config.min_survival,
             vocab_size=engine.vocab_size,
-            noise=engine.noise,
+            noise=int(engine.noise),
         )
         self._drafter = HistoryDrafter(rule, 0, engine)
 

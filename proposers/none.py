@@ -8,20 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vllm_specplugin.api import EngineInfo, ProposeContext
+from vllm_specplugin.api import ProposeContext, ProposerBase
 from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
 __all__ = ["NoProposer"]
 
 
-class NoProposer:
+class NoProposer(ProposerBase):
     """Drafts nothing."""
-
-    def __init__(self, config: None, engine: EngineInfo) -> None:
-        del config, engine
 
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
         return [EMPTY_TREE] * len(ctx.requests)
-
-    def release(self, req_ids: Sequence[str]) -> None:
-        """Nothing is kept."""

@@ -26,15 +26,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_specplugin.api import EngineInfo, ProposeContext
+from vllm_specplugin.api import EngineInfo, ProposeContext, ProposerBase
 from vllm_specplugin.config import option
-from vllm_specplugin.proposers._history.drafter import HistoryDrafter, make_rule
+from vllm_specplugin.proposers._history.drafter import HistoryDrafter
+from vllm_specplugin.proposers._history.votes_numba import Rule
 from vllm_specplugin.trees.tree import DraftTree
 
 __all__ = ["SuffixProposer"]
 
 
-class SuffixProposer:
+class SuffixProposer(ProposerBase):
     """Drafts from the request's own text and from past requests."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class SuffixProposer:
         trust: float = option(0.4, "how far the noise is believed over the counts", low=0, high=1)
 
     def __init__(self, config: Config, engine: EngineInfo) -> None:
-        rule = make_rule(
+        rule = Rule(
             min_match=1,
             max_match=config.max_match,
             occurrences=config.occurrences,
@@ -78,7 +79,7 @@ class SuffixProposer:
             trust=config.trust,
             min_survival=config.min_survival,
             vocab_size=engine.vocab_size,
-            noise=engine.noise,
+            noise=int(engine.noise),
         )
         self._drafter = HistoryDrafter(rule, config.store_tokens, engine)
 

@@ -20,19 +20,25 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView
+from vllm_specplugin.api import (
+    PRIVATE_SCOPE,
+    DeviceProposer,
+    EngineInfo,
+    Needs,
+    ProposeContext,
+    ProposerBase,
+    RequestView,
+    Scope,
+)
 from vllm_specplugin.config import option
+from vllm_specplugin.proposers._recycling.device import DeviceRecycling
+from vllm_specplugin.proposers._recycling.tree_numba import grow
 from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
-
-if TYPE_CHECKING:
-    import torch
-
-    from vllm_specplugin.api.device_proposer import DeviceProposer
 
 __all__ = ["IDLE", "MEMORY", "TokenRecyclingProposer"]
 
@@ -49,7 +55,7 @@ _PRIOR = 20.0
 IntArray = npt.NDArray[np.int32]
 
 
-class TokenRecyclingProposer:
+class TokenRecyclingProposer(ProposerBase):
     """Drafts from the target's own likeliest tokens of earlier steps."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -72,26 +78,23 @@ class TokenRecyclingProposer:
             high=1024,
         )
 
-    knows_scopes = True
+    separates_scopes = True
 
     def __init__(self, config: Config, engine: EngineInfo) -> None:
-        from vllm_specplugin.proposers._recycling.tree import grow  # compiles
-
-        self._grow = grow
         self._config = config
-        self._noise = engine.noise
-        self.needs_top = min(config.k, engine.vocab_size)
-        self._matrix = np.full((engine.vocab_size, self.needs_top), -1, dtype=np.int32)
+        self._noise = int(engine.noise)
+        k = min(config.k, engine.vocab_size)
+        self.needs = Needs(top_tokens=k)
+        self._matrix = np.full((engine.vocab_size, k), -1, dtype=np.int32)
         self._scoped: OrderedDict[str, tuple[int, IntArray]] = OrderedDict()
         self._calls = 0
-        ranks = np.arange(self.needs_top)
-        self._hits = _PRIOR * 0.4 * 0.5**ranks
+        self._hits = _PRIOR * 0.4 * 0.5 ** np.arange(k)
         self._seen = _PRIOR
 
-    def _of_scope(self, scope: str | None) -> IntArray | None:
+    def _of_scope(self, scope: Scope) -> IntArray | None:
         """The matrix of a scope, a new one where there is room; else ``None``."""
         if not scope:
-            return None if scope is None else self._matrix
+            return None if scope is PRIVATE_SCOPE else self._matrix
         found = self._scoped.pop(scope, None)
         if found is None:
             if len(self._scoped) >= self._config.scopes:
@@ -106,15 +109,7 @@ class TokenRecyclingProposer:
     def observe_rows(
         self, tokens: IntArray, top: IntArray, emitted: IntArray, scope: str = ""
     ) -> None:
-        """Learns from the rows of a step; of one token's rows the last is kept.
-
-        Args:
-            tokens: ``[rows]`` the token each row read, -1 for none.
-            top: ``[rows, needs_top]`` the target's likeliest next tokens, the
-                likeliest first, -1 for none.
-            emitted: ``[rows]`` the token emitted from the row, -1 for none.
-            scope: of the requests that the rows belong to.
-        """
+        """Learns from the rows of a step; of one token's rows the last is kept."""
         matrix = self._of_scope(scope)
         if matrix is None:
             return
@@ -132,7 +127,7 @@ class TokenRecyclingProposer:
         matrix[tokens] = np.where(top < vocab, top, -1)
 
     def ranks(self) -> npt.NDArray[np.float64]:
-        """``[needs_top]`` share of emitted tokens that stood at each rank."""
+        """``[k]`` share of emitted tokens that stood at each rank."""
         shares = np.maximum(self._hits / self._seen, 1e-4)
         return np.asarray(shares / max(1.0, shares.sum()))
 
@@ -149,7 +144,7 @@ class TokenRecyclingProposer:
         tokens = np.empty(most, dtype=np.int32)
         parents = np.empty(most, dtype=np.int32)
         estimates = np.empty(most, dtype=np.float64)
-        n = self._grow(
+        n = grow(
             matrix,
             ranks,
             int(view.tokens[-1]),
@@ -167,9 +162,7 @@ class TokenRecyclingProposer:
         return DraftTree(tokens[:n], parents[:n], estimates[:n]) if n else EMPTY_TREE
 
     def on_device(self, nodes: int, device: torch.device) -> DeviceProposer:
-        """See :class:`~vllm_specplugin.api.device_proposer.OffersDevice`."""
-        from vllm_specplugin.proposers._recycling.device import DeviceRecycling
-
+        """See :class:`~vllm_specplugin.api.OffersDevice`."""
         config = self._config
         return DeviceRecycling(
             self._matrix,
@@ -182,6 +175,3 @@ class TokenRecyclingProposer:
             memory=MEMORY,
             device=device,
         )
-
-    def release(self, req_ids: Sequence[str]) -> None:
-        """Nothing is kept per request."""

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView, Steer
+from vllm_specplugin.api import EngineInfo, Needs, ProposeContext, ProposerBase, RequestView, Steer
 from vllm_specplugin.config import option
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.proposers._model_tree.growth import couple
@@ -29,12 +29,12 @@ from vllm_specplugin.trees.tree import EMPTY_TREE, MAX_NODES, DraftTree
 __all__ = [
     "NativeModel",
     "NativeProposer",
-    "draft_model",
-    "eagle",
-    "eagle3",
-    "mtp",
-    "ngram",
-    "suffix",
+    "VllmDraftModel",
+    "VllmEagle",
+    "VllmEagle3",
+    "VllmMtp",
+    "VllmNgram",
+    "VllmSuffix",
 ]
 
 _GUESS = 0.6
@@ -42,13 +42,13 @@ _GUESS = 0.6
 each depth corrects it."""
 
 
-class NativeProposer:
+class NativeProposer(ProposerBase):
     """One of vLLM's drafters. Subclasses name the method."""
 
-    native: ClassVar[bool] = True
-    """Tells the runner to have vLLM's drafter follow every step."""
+    needs = Needs(vllm_drafter=True)
     method: ClassVar[str]
-    needs_model: ClassVar[bool] = True
+    takes_model: ClassVar[bool] = True
+    """Whether the operator has to name a model; otherwise none may be named."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -72,13 +72,13 @@ class NativeProposer:
             ConfigError: the method needs weights and none are named, or none
                 and some are named.
         """
-        if cls.needs_model is not bool(config.model):
+        if cls.takes_model is not bool(config.model):
             raise ConfigError(
                 complain(
                     f"proposer 'vllm:{cls.method}' with model {config.model!r}",
-                    "a path or hub id" if cls.needs_model else "no model",
+                    "a path or hub id" if cls.takes_model else "no model",
                     """give it: --spec-options '{"proposer": {"model": "..."}}'"""
-                    if cls.needs_model
+                    if cls.takes_model
                     else "leave it out",
                 )
             )
@@ -93,16 +93,13 @@ class NativeProposer:
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
         if not ctx.requests:
             return []
-        assert ctx.native is not None, "the runner gives what speculative() asks"
+        assert ctx.native is not None, "the engine gives what needs asks"
         wanted = max(view.max_nodes for view in ctx.requests)
         chains, probs = ctx.native.draft(min(wanted, self._length), self._steer(ctx.requests))
         return [
             _chain(view, tokens, None if probs is None else probs[i])
             for i, (view, tokens) in enumerate(zip(ctx.requests, chains))
         ]
-
-    def release(self, req_ids: Sequence[str]) -> None:
-        """vLLM's drafters keep their own state."""
 
     def _steer(self, views: Sequence[RequestView]) -> Steer | None:
         return None
@@ -125,9 +122,9 @@ class NativeModel(NativeProposer):
     def __init__(self, config: Config, engine: EngineInfo) -> None:
         super().__init__(config, engine)
         drawn = _drawn(config)
-        self.couples = config.coupling == "on" or (config.coupling == "auto" and not drawn)
-        """Whether drafts are chosen with the noise of the request. vLLM's second
-        runner does that in its own sampler, and has no use for ``steer``."""
+        couples = config.coupling == "on" or (config.coupling == "auto" and not drawn)
+        # vLLM's second runner does it in its own sampler and has no use for `steer`.
+        self.needs = Needs(vllm_drafter=True, coupled_drafter=couples)
 
     @classmethod
     def speculative(cls, config: NativeProposer.Config) -> Mapping[str, Any]:
@@ -145,7 +142,7 @@ class NativeModel(NativeProposer):
         return super().speculative(config)
 
     def _steer(self, views: Sequence[RequestView]) -> Steer | None:
-        if not self.couples or all(view.temperature == 0 for view in views):
+        if not self.needs.coupled_drafter or all(view.temperature == 0 for view in views):
             return None
         owners = np.arange(len(views))
         return lambda logits, depth: couple(logits, views, owners, depth, self._noise)
@@ -172,40 +169,40 @@ def _chain(view: RequestView, tokens: Sequence[int], probs: Any) -> DraftTree:
     )
 
 
-class draft_model(NativeModel):
+class VllmDraftModel(NativeModel):
     """vLLM's ``draft_model``."""
 
     method = "draft_model"
 
 
-class eagle(NativeModel):
+class VllmEagle(NativeModel):
     """vLLM's ``eagle``."""
 
     method = "eagle"
 
 
-class eagle3(NativeModel):
+class VllmEagle3(NativeModel):
     """vLLM's ``eagle3``."""
 
     method = "eagle3"
 
 
-class mtp(NativeModel):
+class VllmMtp(NativeModel):
     """vLLM's ``mtp``; its weights come with the target's."""
 
     method = "mtp"
-    needs_model = False
+    takes_model = False
 
 
-class ngram(NativeProposer):
+class VllmNgram(NativeProposer):
     """vLLM's ``ngram``."""
 
     method = "ngram"
-    needs_model = False
+    takes_model = False
 
 
-class suffix(NativeProposer):
+class VllmSuffix(NativeProposer):
     """vLLM's ``suffix``; needs arctic-inference."""
 
     method = "suffix"
-    needs_model = False
+    takes_model = False

@@ -47,11 +47,8 @@ class Candidates:
         self.device = batch.logits.device
         rows = len(self.tokens)
         drawn = np.zeros(rows, dtype=np.bool_)
-        if batch.draft_probs is not None:
-            assert batch.sampled is not None
-            assert batch.draft_rows is not None
-            parents = batch.parents.clip(min=0)
-            drawn = batch.sampled & (batch.draft_rows[parents] >= 0)
+        if (given := batch.draft_probs) is not None:
+            drawn = given.sampled & (given.rows[batch.parents.clip(min=0)] >= 0)
         self.drawn = drawn.tolist()
         self.kids: list[list[int]] = [[] for _ in range(rows)]
         """Rows of each row's candidates in the order of the tests: drawn ones
@@ -117,11 +114,11 @@ class Candidates:
         self.mass[nodes] = np.where(greedy, matches, self.p[nodes])
         drawn = [n for n in nodes if self.drawn[n]]
         if drawn:
-            assert self.batch.draft_rows is not None
-            assert self.batch.draft_probs is not None
-            laws = self.batch.draft_rows[self.batch.parents[drawn]]
+            given = self.batch.draft_probs
+            assert given is not None
+            laws = given.rows[self.batch.parents[drawn]]
             tokens = self.index([self.tokens[n] for n in drawn])
-            found = self.batch.draft_probs[self.index(laws.tolist()), tokens]
+            found = given.probs[self.index(laws.tolist()), tokens]
             self.q[drawn] = found.double().cpu().numpy()
 
     def probabilities(self, rows: Sequence[int]) -> torch.Tensor:
@@ -233,14 +230,12 @@ class Candidates:
             ``[len(rows), vocab]`` the residuals, and ``[len(rows)]`` the
             probability that a row is given up for its parent.
         """
-        batch = self.batch
-        assert batch.draft_probs is not None
-        assert batch.draft_rows is not None
-        assert batch.replacement is not None
+        given = self.batch.draft_probs
+        assert given is not None
         chance = torch.from_numpy(np.asarray(reach)).to(self.device)
         mass, up = self.law(rows) * chance[:, None], 1 - chance
-        laws = batch.draft_rows[list(rows)].clip(min=0).tolist()
-        q = batch.draft_probs[self.index(laws)].double()
+        laws = given.rows[list(rows)].clip(min=0).tolist()
+        q = given.probs[self.index(laws)].double()
         ratios: list[tuple[list[int], torch.Tensor]] = []
         for turn in range(max(len(self.kids[row]) for row in rows)):
             alive = [i for i, row in enumerate(rows) if len(self.kids[row]) > turn]
@@ -257,7 +252,7 @@ class Candidates:
             usable = total > 0
             mass[at] = torch.where(usable[:, None], left / total[:, None], mass[at])
             up[at] = torch.where(usable, up[at] / total, up[at])
-            kept = batch.replacement[self.owner[nodes]]
+            kept = given.replacement[self.owner[nodes]]
             spent = drawn & ~torch.from_numpy(kept).to(self.device)
             q[at, x] = torch.where(spent, 0.0, q[at, x])
             rest = q[at].sum(-1)

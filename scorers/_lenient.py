@@ -7,7 +7,6 @@ With nothing tolerable they are ``rejection``, coin for coin.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_specplugin.api import EngineInfo, ScoreBatch, ScoreResult
+from vllm_specplugin.api import EngineInfo, ScoreBatch, ScorerBase, ScoreResult
 from vllm_specplugin.scorers._candidates import Candidates, Floats
 from vllm_specplugin.scorers._guards import GuardConfig, Ledger, Usage, totals
 
@@ -72,15 +71,13 @@ class Walk:
             path.append(kid)
 
 
-class LenientScorer:
+class LenientScorer(ScorerBase):
     """Base class of the lossy rules.
 
     Args:
         config: a :class:`~vllm_specplugin.scorers._guards.GuardConfig`.
         engine: ignored.
     """
-
-    lossless = False
 
     def __init__(self, config: Any, engine: EngineInfo) -> None:
         del engine
@@ -105,9 +102,8 @@ class LenientScorer:
         found = [walk.down(r, tolerable) for r in range(len(walk.before))]
         return [path for path, _ in found], [usage for _, usage in found], None
 
-    @abstractmethod
     def tolerable(self, walk: Walk) -> Tolerable:
-        """What this rule forgives."""
+        """What this rule forgives; for rules with the :meth:`walk` above."""
         raise NotImplementedError
 
 

@@ -19,20 +19,17 @@ Source: Sun et al. 2403.10444 (ICLR 2025).
 
 from __future__ import annotations
 
-from vllm_specplugin.api import EngineInfo, ScoreBatch, ScoreResult
+from vllm_specplugin.api import ScoreBatch, ScorerBase, ScoreResult
 from vllm_specplugin.scorers._candidates import Candidates
 from vllm_specplugin.scorers.traversal import leaves_first
 
 __all__ = ["BlockScorer"]
 
 
-class BlockScorer:
+class BlockScorer(ScorerBase):
     """Block verification: traversal where there is one leaf."""
 
     lossless = True
-
-    def __init__(self, config: None, engine: EngineInfo) -> None:
-        del config, engine
 
     def score(self, batch: ScoreBatch) -> ScoreResult:
         return leaves_first(Candidates(batch, chains=True))

@@ -26,21 +26,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_specplugin.api import EngineInfo, ScoreBatch, ScoreResult
+from vllm_specplugin.api import ScoreBatch, ScorerBase, ScoreResult
 from vllm_specplugin.noise.gumbel import gumbel_rows
 
 __all__ = ["ExactScorer", "match_walk"]
 
 
-class ExactScorer:
+class ExactScorer(ScorerBase):
     """Sample every row once with keyed noise, then follow the matches."""
 
     lossless = True
     emits_draws = True
     """Emits what the engine draws at the visited rows, and nothing else."""
-
-    def __init__(self, config: None, engine: EngineInfo) -> None:
-        del config, engine
 
     def score(self, batch: ScoreBatch) -> ScoreResult:
         return match_walk(batch, choose(batch).cpu().numpy())

@@ -21,19 +21,16 @@ et al. 2502.18779 (hybrid).
 
 from __future__ import annotations
 
-from vllm_specplugin.api import EngineInfo, ScoreBatch, ScoreResult
+from vllm_specplugin.api import ScoreBatch, ScorerBase, ScoreResult
 from vllm_specplugin.scorers._candidates import Candidates
 
 __all__ = ["RejectionScorer"]
 
 
-class RejectionScorer:
+class RejectionScorer(ScorerBase):
     """Recursive rejection, from the root down."""
 
     lossless = True
-
-    def __init__(self, config: None, engine: EngineInfo) -> None:
-        del config, engine
 
     def score(self, batch: ScoreBatch) -> ScoreResult:
         candidates = Candidates(batch)

@@ -37,7 +37,7 @@ class ThresholdScorer(LenientScorer):
         )
 
     def score(self, batch: ScoreBatch) -> ScoreResult:
-        return super().score(replace(batch, draft_probs=None, sampled=None))
+        return super().score(replace(batch, draft_probs=None))
 
     def walk(self, walk: Walk) -> tuple[list[list[int]], list[Usage], None]:
         choices = walk.candidates.choices()

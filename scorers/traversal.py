@@ -21,19 +21,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vllm_specplugin.api import EngineInfo, ScoreBatch, ScoreResult
+from vllm_specplugin.api import ScoreBatch, ScorerBase, ScoreResult
 from vllm_specplugin.scorers._candidates import Candidates, Floats
 
 __all__ = ["TraversalScorer", "leaves_first"]
 
 
-class TraversalScorer:
+class TraversalScorer(ScorerBase):
     """Traversal verification."""
 
     lossless = True
-
-    def __init__(self, config: None, engine: EngineInfo) -> None:
-        del config, engine
 
     def score(self, batch: ScoreBatch) -> ScoreResult:
         return leaves_first(Candidates(batch))

@@ -1,6 +1,8 @@
 """Open speculative decoding for vLLM: any proposer, any scorer, any policy.
 
-Importing this package imports neither vLLM nor torch.
+This package exports the whole public API; what its submodules hold beside that may change
+in any release. ``docs/extending.md`` introduces it to the authors of plugins. Importing
+the package imports neither vLLM nor torch nor numba.
 """
 
 from __future__ import annotations
@@ -9,6 +11,36 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_specplugin._version import __version__
+from vllm_specplugin.api import (
+    COMMON_SCOPE,
+    PRIVATE_SCOPE,
+    AlgorithmBase,
+    BudgetContext,
+    DeviceContext,
+    DeviceProposer,
+    DraftModel,
+    EngineInfo,
+    LengthPolicy,
+    NativeDrafts,
+    Needs,
+    NoiseKind,
+    OffersDevice,
+    PolicyBase,
+    ProposeContext,
+    Proposer,
+    ProposerBase,
+    RequestView,
+    Scope,
+    ScoreBatch,
+    Scorer,
+    ScorerBase,
+    ScoreResult,
+    Steer,
+    StepOutcome,
+    TargetRows,
+    TrimContext,
+)
+from vllm_specplugin.config import option
 from vllm_specplugin.errors import (
     ConfigError,
     DraftTreeError,
@@ -16,21 +48,55 @@ from vllm_specplugin.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from vllm_specplugin.registry import POLICIES, PROPOSERS, SCORERS
-from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
+from vllm_specplugin.registry import POLICIES, PROPOSERS, SCORERS, Registry
+from vllm_specplugin.trees.draft_probs import BatchProbs, DraftProbs
+from vllm_specplugin.trees.tree import EMPTY_TREE, MAX_NODES, ROOT, DraftTree
 
 __all__ = [
+    "COMMON_SCOPE",
     "EMPTY_TREE",
+    "MAX_NODES",
     "POLICIES",
+    "PRIVATE_SCOPE",
     "PROPOSERS",
+    "ROOT",
     "SCORERS",
+    "AlgorithmBase",
+    "BatchProbs",
+    "BudgetContext",
     "ConfigError",
+    "DeviceContext",
+    "DeviceProposer",
+    "DraftModel",
+    "DraftProbs",
     "DraftTree",
     "DraftTreeError",
+    "EngineInfo",
+    "LengthPolicy",
+    "NativeDrafts",
+    "Needs",
+    "NoiseKind",
+    "OffersDevice",
+    "PolicyBase",
+    "ProposeContext",
+    "Proposer",
+    "ProposerBase",
+    "Registry",
+    "RequestView",
+    "Scope",
+    "ScoreBatch",
+    "ScoreResult",
+    "Scorer",
+    "ScorerBase",
     "SpecPluginError",
+    "Steer",
+    "StepOutcome",
+    "TargetRows",
+    "TrimContext",
     "UnknownNameError",
     "UnsupportedError",
     "__version__",
+    "option",
     "register",
     "speculate",
 ]

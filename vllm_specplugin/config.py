@@ -12,19 +12,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, get_origin, get_type_hints
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar, get_origin, get_type_hints, overload
 
+from vllm_specplugin.api import AlgorithmBase, EngineInfo, PolicyBase, ProposerBase, ScorerBase
+from vllm_specplugin.contract import check_instance
 from vllm_specplugin.errors import ConfigError, complain, shown
 from vllm_specplugin.registry import POLICIES, PROPOSERS, SCORERS, Registry
 from vllm_specplugin.trees.tree import MAX_NODES
 
-__all__ = ["CONFIG_KEY", "ROLES", "SpecConfig", "build", "check_option", "option", "parse_options"]
+__all__ = [
+    "CONFIG_KEY",
+    "ROLES",
+    "SpecConfig",
+    "build",
+    "check_option",
+    "construct",
+    "option",
+    "parse_config",
+    "parse_options",
+    "resolve",
+]
 
 CONFIG_KEY = "specplugin"
 """Our key in vLLM's ``additional_config``."""
 
-ROLES: Mapping[str, Registry] = {"proposer": PROPOSERS, "scorer": SCORERS, "policy": POLICIES}
+ROLES: Mapping[str, Registry[Any]] = {"proposer": PROPOSERS, "scorer": SCORERS, "policy": POLICIES}
 
 T = TypeVar("T")
 
@@ -234,28 +247,77 @@ class SpecConfig:
         return dataclasses.asdict(self)
 
 
-def resolve(config: SpecConfig, role: str) -> tuple[Callable[..., Any], Any]:
-    """The factory of a role and its parsed options (``None`` without any)."""
-    name = getattr(config, role)
-    factory = ROLES[role].get(name)
-    values = config.options.get(role, {})
-    options_class = getattr(factory, "Config", None)
-    if options_class is not None:
-        return factory, parse_options(options_class, values, f"{name} options")
+def parse_config(factory: type[AlgorithmBase], values: Mapping[str, Any], what: str) -> Any:
+    """The ``Config`` of a class, filled in from the operator's options.
+
+    Args:
+        factory: the class.
+        values: the operator's options.
+        what: how messages name the class: ``"suffix"``.
+
+    Returns:
+        ``None`` for a class without options.
+
+    Raises:
+        ConfigError: unknown key, wrong type, or value out of range.
+    """
+    if factory.Config is not None:
+        return parse_options(factory.Config, values, f"{what} options")
     if values:
         raise ConfigError(
-            complain(f"options {values!r} for {role} {name!r}", "no options", "leave them out")
+            complain(f"options {values!r} for {what!r}", "no options", "leave them out")
         )
-    return factory, None
+    return None
 
 
-def build(config: SpecConfig, role: str, engine: Any) -> Any:
+@overload
+def resolve(config: SpecConfig, role: Literal["proposer"]) -> tuple[type[ProposerBase], Any]: ...
+@overload
+def resolve(config: SpecConfig, role: Literal["scorer"]) -> tuple[type[ScorerBase], Any]: ...
+@overload
+def resolve(config: SpecConfig, role: Literal["policy"]) -> tuple[type[PolicyBase], Any]: ...
+@overload
+def resolve(config: SpecConfig, role: str) -> tuple[type[AlgorithmBase], Any]: ...
+def resolve(config: SpecConfig, role: str) -> tuple[type[AlgorithmBase], Any]:
+    """The class of a role and its parsed options (``None`` for a class without any).
+
+    Raises:
+        ConfigError: unknown name, class that cannot be used, or wrong options.
+    """
+    name = {"proposer": config.proposer, "scorer": config.scorer, "policy": config.policy}[role]
+    factory = ROLES[role].get(name)
+    return factory, parse_config(factory, config.options.get(role, {}), name)
+
+
+A = TypeVar("A", bound=AlgorithmBase)
+
+
+def construct(factory: type[A], config: Any, engine: EngineInfo) -> A:
+    """``factory(config, engine)``, and what it says of its needs checked.
+
+    Raises:
+        ConfigError: it has a misspelt need, see
+            :func:`vllm_specplugin.contract.check_instance`.
+    """
+    return check_instance(factory(config, engine))
+
+
+@overload
+def build(config: SpecConfig, role: Literal["proposer"], engine: EngineInfo) -> ProposerBase: ...
+@overload
+def build(config: SpecConfig, role: Literal["scorer"], engine: EngineInfo) -> ScorerBase: ...
+@overload
+def build(config: SpecConfig, role: Literal["policy"], engine: EngineInfo) -> PolicyBase: ...
+def build(config: SpecConfig, role: str, engine: EngineInfo) -> AlgorithmBase:
     """Builds the algorithm of one role.
 
     Args:
         config: the operator's configuration.
         role: ``"proposer"``, ``"scorer"`` or ``"policy"``.
-        engine: an :class:`~vllm_specplugin.api.EngineInfo`.
+        engine: what the algorithm runs in.
+
+    Raises:
+        ConfigError: unknown name, class that cannot be used, or wrong options.
     """
     factory, options = resolve(config, role)
-    return factory(options, engine)
+    return construct(factory, options, engine)

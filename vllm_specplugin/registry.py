@@ -1,49 +1,56 @@
 """Finding proposers, scorers and policies by name.
 
-A name is looked up among the built-in algorithms first, then among installed
-entry points of the registry's group. The operator may also give a dotted path,
-``package.module:Class`` or ``package.module.Class``. Requests never name code:
-only server configuration reaches this module.
+A name is looked up among the built-in algorithms first, then among classes registered
+in this process, then among installed entry points of the registry's group. The operator
+may also give a dotted path, ``package.module:Class`` or ``package.module.Class``.
+Requests never name code: only server configuration reaches this module.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from vllm_specplugin.api import AlgorithmBase, PolicyBase, ProposerBase, ScorerBase
+from vllm_specplugin.contract import complete
 from vllm_specplugin.errors import ConfigError, UnknownNameError, complain
 
 __all__ = ["POLICIES", "PROPOSERS", "SCORERS", "Registry"]
 
-Factory = Callable[..., Any]
-"""A class with an optional nested ``Config`` dataclass, called as
-``Factory(config, engine)`` with the parsed options and an
-:class:`~vllm_specplugin.api.EngineInfo`."""
+A = TypeVar("A", bound=AlgorithmBase)
 
 
-class Registry:
-    """Names of one kind of algorithm.
+class Registry(Generic[A]):
+    """Classes of one role, by name.
 
     Args:
-        kind: what is registered, for messages: ``"proposer"``.
+        kind: the role, for messages: ``"proposer"``.
         group: entry point group in which third parties add theirs.
+        base: what every class of the role inherits.
         builtin: ``name -> "module:Class"``, imported when first asked for.
     """
 
-    def __init__(self, kind: str, group: str, builtin: Mapping[str, str]) -> None:
+    def __init__(self, kind: str, group: str, base: type[A], builtin: Mapping[str, str]) -> None:
         self.kind = kind
         self.group = group
+        self.base = base
         self._builtin = dict(builtin)
-        self._registered: dict[str, Factory] = {}
+        self._registered: dict[str, type] = {}
 
-    def register(self, name: str, factory: Factory) -> None:
-        """Adds an algorithm in this process; useful in tests and notebooks.
+    def register(self, name: str, factory: type) -> None:
+        """Adds a class in this process; useful in tests and notebooks.
+
+        Args:
+            name: what the operator calls it.
+            factory: inherits the role's base class, or has its methods.
 
         Raises:
-            ConfigError: the name is taken by another factory.
+            ConfigError: the name is taken by another class, or the class cannot be
+                used, see :func:`vllm_specplugin.contract.complete`.
         """
+        complete(factory, self.base)
         taken = self._registered.get(name)
         if name in self._builtin or (taken is not None and taken is not factory):
             raise ConfigError(
@@ -65,13 +72,17 @@ class Registry:
         found |= {name: f"built in {path}" for name, path in self._builtin.items()}
         return dict(sorted(found.items()))
 
-    def get(self, name: str) -> Factory:
-        """The factory called ``name``.
+    def get(self, name: str) -> type[A]:
+        """The class called ``name``, see :func:`vllm_specplugin.contract.complete`.
 
         Raises:
             UnknownNameError: nothing has that name, or its module or class
                 cannot be found.
+            ConfigError: the class lacks a method or has a misspelt member.
         """
+        return complete(self._find(name), self.base)
+
+    def _find(self, name: str) -> Any:
         if path := self._builtin.get(name):
             return self._import(name, path)
         if factory := self._registered.get(name):
@@ -93,7 +104,7 @@ class Registry:
     def _entry_points(self) -> list[EntryPoint]:
         return list(entry_points(group=self.group))
 
-    def _import(self, name: str, path: str) -> Factory:
+    def _import(self, name: str, path: str) -> Any:
         module_name, _, attribute = path.replace(":", ".").rpartition(".")
         try:
             factory = getattr(importlib.import_module(module_name), attribute)
@@ -106,20 +117,13 @@ class Registry:
                     "environment of the server",
                 )
             ) from error
-        if not callable(factory):
-            raise UnknownNameError(
-                complain(
-                    f"{self.kind} {name!r} at {path!r} is a {type(factory).__name__}",
-                    "a class",
-                    "name the class itself",
-                )
-            )
-        return factory  # type: ignore[no-any-return]
+        return factory
 
 
 PROPOSERS = Registry(
     "proposer",
     "vllm_specplugin.proposers",
+    ProposerBase,  # type: ignore[type-abstract]
     {
         "draft_model": "vllm_specplugin.proposers.draft_model:DraftModelProposer",
         "eagle": "vllm_specplugin.proposers.eagle:EagleProposer",
@@ -130,16 +134,24 @@ PROPOSERS = Registry(
         "none": "vllm_specplugin.proposers.none:NoProposer",
         "ngram": "vllm_specplugin.proposers.ngram:NgramProposer",
         "suffix": "vllm_specplugin.proposers.suffix:SuffixProposer",
-        "token_recycling": ("vllm_specplugin.proposers.token_recycling:TokenRecyclingProposer"),
+        "token_recycling": "vllm_specplugin.proposers.token_recycling:TokenRecyclingProposer",
         **{
-            f"vllm:{method}": f"vllm_specplugin.proposers.vllm_native:{method}"
-            for method in ("draft_model", "eagle", "eagle3", "mtp", "ngram", "suffix")
+            f"vllm:{method}": f"vllm_specplugin.proposers.vllm_native:Vllm{name}"
+            for method, name in {
+                "draft_model": "DraftModel",
+                "eagle": "Eagle",
+                "eagle3": "Eagle3",
+                "mtp": "Mtp",
+                "ngram": "Ngram",
+                "suffix": "Suffix",
+            }.items()
         },
     },
 )
 SCORERS = Registry(
     "scorer",
     "vllm_specplugin.scorers",
+    ScorerBase,  # type: ignore[type-abstract]
     {
         "exact": "vllm_specplugin.scorers.exact:ExactScorer",
         "rejection": "vllm_specplugin.scorers.rejection:RejectionScorer",
@@ -157,6 +169,7 @@ SCORERS = Registry(
 POLICIES = Registry(
     "policy",
     "vllm_specplugin.policies",
+    PolicyBase,  # type: ignore[type-abstract]
     {
         "aimd": "vllm_specplugin.policies.aimd:AimdPolicy",
         "bandit": "vllm_specplugin.policies.bandit:BanditPolicy",

@@ -125,7 +125,7 @@ class Replay:
         self.live = live
 
     def _show(self, answer: Answer, start: int, end: int) -> None:
-        if wanted := getattr(self.proposer, "needs_top", 0):
+        if wanted := self.proposer.needs.top_tokens:
             emitted = np.append(answer.tokens[start + 1 :], -1)[: end - start]
             self.proposer.observe_rows(
                 answer.tokens[start:end], answer.top[start:end, :wanted], emitted.astype(np.int32)

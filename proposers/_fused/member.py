@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api import ProposeContext
+from vllm_specplugin.api import ProposeContext, ProposerBase
 from vllm_specplugin.step.calibration import Calibration
 from vllm_specplugin.step.cost_model import call_time
 from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
@@ -63,14 +63,14 @@ class Member:
     """
 
     def __init__(
-        self, name: str, proposer: Any, vocab_size: int, clock: Callable[[], float]
+        self, name: str, proposer: ProposerBase, vocab_size: int, clock: Callable[[], float]
     ) -> None:
         self.name = name
         self.proposer = proposer
         self.calibration = Calibration()
-        self.needs_top = int(getattr(proposer, "needs_top", 0))
+        self.top_tokens = proposer.needs.top_tokens
         self.failures = self.failures_in_row = self.calls = 0
-        self._whole_batch = bool(getattr(proposer, "native", False))
+        self._whole_batch = proposer.needs.vllm_drafter
         self._vocab_size = vocab_size
         self._clock = clock
         self._price = call_time()

@@ -1,7 +1,4 @@
-"""Compiled merging of several proposers' trees, for a whole batch at once.
-
-Importing this module imports numba, so do it late.
-"""
+"""Compiled merging of several proposers' trees, for a whole batch at once."""
 
 from __future__ import annotations
 

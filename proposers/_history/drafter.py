@@ -10,19 +10,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api import EngineInfo, RequestView
+from vllm_specplugin.api import PRIVATE_SCOPE, EngineInfo, RequestView, Scope
+from vllm_specplugin.proposers._history import grow_numba, index_numba
+from vllm_specplugin.proposers._history.index_numba import Index
+from vllm_specplugin.proposers._history.votes_numba import Rule
 from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
-if TYPE_CHECKING:
-    from vllm_specplugin.proposers._history.index_numba import Index
-    from vllm_specplugin.proposers._history.votes_numba import Rule
-
-__all__ = ["HistoryDrafter", "make_rule"]
+__all__ = ["HistoryDrafter"]
 
 Array = npt.NDArray[Any]
 
@@ -33,13 +32,6 @@ _SMALLEST_SEGMENT = 256
 _LAST_POSITION = 1 << 30
 """Positions are 32-bit; the store is renumbered before they overflow."""
 _WORD = (1 << 64) - 1
-
-
-def make_rule(**values: Any) -> Rule:
-    """A :class:`.votes_numba.Rule`, importing its compiled module only now."""
-    from vllm_specplugin.proposers._history.votes_numba import Rule
-
-    return Rule(**values)
 
 
 class HistoryDrafter:
@@ -58,9 +50,6 @@ class HistoryDrafter:
     """
 
     def __init__(self, rule: Rule, store_tokens: int, engine: EngineInfo) -> None:
-        from vllm_specplugin.proposers._history import grow_numba, index_numba
-
-        self._kernels, self._indexing = grow_numba, index_numba
         self._rule = rule
         self._max_nodes = engine.max_nodes
         self._slots: dict[str, int] = {}
@@ -75,7 +64,7 @@ class HistoryDrafter:
         self._allot(store, max(store_tokens, 1))
         room = np.zeros(int(self._index.masks[store]) + 1, np.int64)
         self._index = self._index._replace(scopes=room)
-        self._indexing.clear(self._index, store)
+        index_numba.clear(self._index, store)
         self._warm_up()
 
     def draft(self, requests: Sequence[RequestView]) -> list[DraftTree]:
@@ -96,7 +85,7 @@ class HistoryDrafter:
         tokens, parents, estimates = drafts
         trees = []
         for row, (view, size) in enumerate(zip(requests, sizes, strict=True)):
-            if size == self._kernels.CHANGED:
+            if size == grow_numba.CHANGED:
                 self._known[view.req_id] = 0
                 trees += self.draft([view])
             elif size == 0:
@@ -119,7 +108,7 @@ class HistoryDrafter:
             scope = self._scopes.pop(req_id)
             if self._rule.use_store and scope is not None and self._known[req_id] > 1:
                 self._renumber_store()
-                self._indexing.absorb(index, slot, np.int64(scope))
+                index_numba.absorb(index, slot, np.int64(scope))
             del self._known[req_id]
             self._free(slot)
             self._free_slots.append(slot)
@@ -156,13 +145,13 @@ class HistoryDrafter:
         n = len(requests)
         scopes = [self._scopes[view.req_id] for view in requests]
         starts = [0, *itertools.accumulate(map(len, tails))]
-        drafts = self._kernels.Drafts(
+        drafts = grow_numba.Drafts(
             np.empty((n, self._max_nodes), np.int32),
             np.empty((n, self._max_nodes), np.int32),
             np.empty((n, self._max_nodes), np.float32),
             np.empty(n, np.int64),
         )
-        batch = self._kernels.Batch(
+        batch = grow_numba.Batch(
             slots=np.array(slots, np.int64),
             known=np.array(known, np.int64),
             tails=np.concatenate(tails, dtype=np.int32),
@@ -177,7 +166,7 @@ class HistoryDrafter:
             scopes=np.array([scope or 0 for scope in scopes], np.int64),
             stored=np.array([scope is not None for scope in scopes], np.bool_),
         )
-        self._kernels.draft_batch(self._index, batch, self._rule, drafts)
+        grow_numba.draft_batch(self._index, batch, self._rule, drafts)
         trees = drafts[:3]
         for array in trees:
             array.flags.writeable = False
@@ -191,8 +180,8 @@ class HistoryDrafter:
         offset = int(index.offsets[0])
         text = np.roll(index.text[offset : offset + size], -(end % size))
         scopes = np.roll(index.scopes, -(end % size))
-        self._indexing.clear(index, 0)
-        self._indexing.refill(index, text, scopes)
+        index_numba.clear(index, 0)
+        index_numba.refill(index, text, scopes)
 
     def _new_slot(self) -> int:
         if self._free_slots:
@@ -233,8 +222,8 @@ class HistoryDrafter:
         self._free_segments.setdefault(size, []).append(int(self._index.offsets[slot]))
 
     def _empty_index(self, slots: int, capacity: int) -> Index:
-        orders = len(self._indexing.ORDERS)
-        return self._indexing.Index(
+        orders = len(index_numba.ORDERS)
+        return index_numba.Index(
             text=np.zeros(capacity, np.int32),
             heads=np.full((orders, capacity), -1, np.int32),
             links=np.full((orders, capacity), -1, np.int32),
@@ -260,14 +249,14 @@ class HistoryDrafter:
         )
         self.draft([view])
         self.release([""])
-        self._indexing.clear(self._index, self._indexing.STORE)
+        index_numba.clear(self._index, index_numba.STORE)
 
 
-def scope_code(scope: str | None) -> int | None:
+def scope_code(scope: Scope) -> int | None:
     """A number for a scope: 0 for the common one, ``None`` for a request that
     shares with nobody. Collisions of 64 bits of BLAKE2 are not provided for."""
     if not scope:
-        return None if scope is None else 0
+        return None if scope is PRIVATE_SCOPE else 0
     digest = hashlib.blake2b(scope.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 

@@ -7,7 +7,6 @@ before children, and every prefix is the best tree of its size.
 A node keeps those occurrences of its parent that continued with its token;
 where few are left it looks its own context up afresh, which brings in
 occurrences that match the drafted tokens but not what stands before them.
-Importing this module imports numba, so do it late.
 """
 
 from __future__ import annotations

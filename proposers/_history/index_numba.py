@@ -15,7 +15,7 @@ suffix tree this
 
 What it gives up is counting *all* occurrences: only the most recent few are
 visited. :class:`~vllm_specplugin.proposers._history.drafter.HistoryDrafter` owns the
-arrays. Importing this module imports numba, so do it late.
+arrays.
 """
 
 from __future__ import annotations

@@ -21,19 +21,18 @@ that, softened by an error in log q of the noise's own scale. For the rest, the
 target is taken to be sure of one token, about which the noise says nothing:
 
     estimate(v) = trust softmax(s)(v) exp(-r exp(-s(v))) + (1 - trust) q(v)
-
-Importing this module imports numba, so do it late.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.noise.gumbel import PHILOX, scalar_gumbel
+from vllm_specplugin.noise import _gumbel_numba
+from vllm_specplugin.noise.constants import NoiseKind
 from vllm_specplugin.proposers._history.index_numba import Int
 from vllm_specplugin.utils.jit import inner, jit
 
@@ -42,7 +41,8 @@ __all__ = ["Rule", "estimate_coupled", "find", "interpolate"]
 IntArray = npt.NDArray[np.int32]
 DoubleArray = npt.NDArray[np.float64]
 
-_gumbel = scalar_gumbel()
+_gumbel: Any = _gumbel_numba.gumbel
+_PHILOX = int(NoiseKind.PHILOX)
 
 
 class Rule(NamedTuple):
@@ -64,8 +64,8 @@ class Rule(NamedTuple):
     trust: float
     min_survival: float
     vocab_size: int
-    noise: int = PHILOX
-    """The engine's, see :mod:`vllm_specplugin.noise.gumbel`."""
+    noise: int = _PHILOX
+    """The value of the engine's :class:`~vllm_specplugin.noise.constants.NoiseKind`."""
 
 
 @inner
@@ -148,7 +148,7 @@ def estimate_coupled(
     position: Int,
     trust: float,
     estimates: DoubleArray,
-    kind: Int = PHILOX,
+    kind: Int = _PHILOX,
 ) -> None:
     """Probability of each candidate to be the target's choice, given the noise.
 

@@ -1,7 +1,7 @@
 """``medusa`` on the device: heads, candidates and trees without a look at the host.
 
 Every request gets as many nodes. Candidates and their estimates are those of
-:mod:`._model_tree.growth`, trees those of :mod:`.product_tree`: the nodes with the largest
+:mod:`._model_tree.growth`, trees those of :mod:`.product_tree_numba`: the nodes with the largest
 product of estimates along their path. Of one depth no more than the ``n`` worthiest
 can be among the ``n`` worthiest of all, and what stands above a node is worthier
 than it, so the tree is found depth by depth in a fixed number of operations.
@@ -87,7 +87,7 @@ class DeviceMedusa:
         nodes: of each tree.
     """
 
-    needs_top = 0
+    top_tokens = 0
 
     def __init__(
         self,

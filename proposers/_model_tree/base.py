@@ -19,24 +19,25 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from vllm_specplugin.api import EngineInfo, ProposeContext
+from vllm_specplugin.api import EngineInfo, ProposeContext, ProposerBase
 from vllm_specplugin.config import option
 from vllm_specplugin.errors import ConfigError, complain
-from vllm_specplugin.proposers._model_tree.growth import Shape, grow
+from vllm_specplugin.proposers._model_tree.growth import Shape, grow, warm_up
 from vllm_specplugin.step.cost_model import LinearTime
 from vllm_specplugin.trees.tree import DraftTree
 
 __all__ = ["TreeDrafter"]
 
 
-class TreeDrafter:
+class TreeDrafter(ProposerBase):
     """Drafts with a model that vLLM has loaded beside the target. Subclasses name
     vLLM's method."""
 
     method: ClassVar[str]
     weights: ClassVar[str]
     """What they are, for messages."""
-    needs_model: ClassVar[bool] = True
+    takes_model: ClassVar[bool] = True
+    """Whether the operator has to name a model; otherwise none may be named."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -78,8 +79,8 @@ class TreeDrafter:
             noise=engine.noise,
         )
         self._generator = cache(lambda device: torch.Generator(device).manual_seed(0))
-        if engine.device == "cpu":  # compiles now and not in a step
-            pass
+        if engine.device == "cpu":
+            warm_up()
         self._clock = clock
         self._price = LinearTime(np.array([1.0, 0.05]), np.array([0.5, 0.05]))
 
@@ -91,7 +92,7 @@ class TreeDrafter:
             ConfigError: the method needs weights and none are named, or none
                 and some are named.
         """
-        if not config.model and cls.needs_model:
+        if not config.model and cls.takes_model:
             raise ConfigError(
                 complain(
                     f"proposer {cls.method!r} without a model",
@@ -99,7 +100,7 @@ class TreeDrafter:
                     """give it: --spec-options '{"proposer": {"model": "..."}}'""",
                 )
             )
-        if config.model and not cls.needs_model:
+        if config.model and not cls.takes_model:
             raise ConfigError(
                 complain(
                     f"proposer {cls.method!r} with model {config.model!r}",
@@ -136,6 +137,3 @@ class TreeDrafter:
             self._price.observe(np.array([levels, float(rows)]), seconds, levels)
             self._price.refresh()
         return trees
-
-    def release(self, req_ids: Sequence[str]) -> None:
-        """Nothing is kept per request; the engine keeps what the model knows."""

@@ -34,11 +34,13 @@ import numpy.typing as npt
 import torch
 
 from vllm_specplugin.api import DraftModel, RequestView
-from vllm_specplugin.noise.gumbel import PHILOX, gumbel_rows
+from vllm_specplugin.noise.constants import NoiseKind
+from vllm_specplugin.noise.gumbel import gumbel_rows
 from vllm_specplugin.proposers._model_tree.sampled import Laws, by_rank, draw
+from vllm_specplugin.proposers._model_tree.top_keys_numba import best_keys
 from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
-__all__ = ["Candidates", "Shape", "children", "couple", "grow"]
+__all__ = ["Candidates", "Shape", "children", "couple", "grow", "warm_up"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -60,8 +62,8 @@ class Shape:
     """Whether candidates at temperature > 0 are chosen with the request's noise."""
     drawn: bool = False
     """Whether they are drawn from q instead."""
-    noise: int = PHILOX
-    """The engine's, see :mod:`vllm_specplugin.noise.gumbel`."""
+    noise: NoiseKind = NoiseKind.PHILOX
+    """The engine's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,14 @@ def children(
     if logits.device.type == "cpu" and not drawing:
         return _on_host(logits, views, owners, depth, shape, spread)
     return _on_device(logits, views, owners, depth, shape, spread, generator)
+
+
+def warm_up() -> None:
+    """Compiles what :func:`children` runs on a CPU, or loads it from disk: now and not in
+    a step."""
+    ones, row = np.ones(1, dtype=np.float32), np.zeros((1, 1), dtype=np.float32)
+    tokens, estimates = np.empty((1, 1), dtype=np.int64), np.empty((1, 1))
+    best_keys(row, row[:0], np.full(1, -1), ones, ones, tokens, estimates)
 
 
 def _on_device(
@@ -147,10 +157,6 @@ def _on_host(
     spread: float | Floats,
 ) -> Candidates:
     """As :func:`children`, compiled, for tokens that are not drawn."""
-    from vllm_specplugin.proposers._model_tree.top_keys_numba import (
-        best_keys,  # imports numba
-    )
-
     logits = logits.float().contiguous()
     count, size = logits.shape
     requests = [views[i] for i in owners.tolist()]
@@ -180,7 +186,7 @@ def couple(
     views: Sequence[RequestView],
     owners: Ints,
     depth: int | Ints,
-    kind: int = PHILOX,
+    kind: NoiseKind = NoiseKind.PHILOX,
 ) -> None:
     """Turns logits into the keys k of this module, in place; at T = 0 they are.
 
@@ -205,7 +211,11 @@ def couple(
 
 
 def _noise(
-    views: Sequence[RequestView], owners: Ints, depth: int | Ints, logits: torch.Tensor, kind: int
+    views: Sequence[RequestView],
+    owners: Ints,
+    depth: int | Ints,
+    logits: torch.Tensor,
+    kind: NoiseKind,
 ) -> tuple[torch.Tensor, Ints]:
     """The noise of some rows, ``[n, vocab]``, once for those of one request and
     depth, and ``[m]`` which of it is each row's: -1 for none, at T = 0."""

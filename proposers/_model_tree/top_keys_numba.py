@@ -1,7 +1,7 @@
 """The largest keys of rows of logits, compiled: on a CPU it runs at every level.
 
 What keys are is said in :mod:`.growth`, whose tensor form of this is the readable
-one. Importing this module imports numba and compiles, so do it late.
+one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ _NEGLIGIBLE = -60.0
 
 
 @numba.njit(  # type: ignore[untyped-decorator]
-    "void(f4[:,::1], f4[:,::1], i8[::1], f4[::1], f4[::1], i8[:,::1], f8[:,::1])",
     cache=True,
     nogil=True,
     fastmath={"reassoc", "nsz"},  # sums are vectorised, and keys not contracted

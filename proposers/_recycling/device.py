@@ -122,7 +122,7 @@ class DeviceRecycling:
         memory: float,
         device: torch.device,
     ) -> None:
-        self.needs_top = matrix.shape[1]
+        self.top_tokens = matrix.shape[1]
         self._device, self._coupled, self._memory = device, coupled, memory
         self._nodes, self._deepest, self._least = nodes, deepest, least
         self._matrix = torch.from_numpy(matrix).to(device, copy=True)

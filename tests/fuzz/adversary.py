@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from tests.fuzz.adversary_device import OnDevice
 from tests.fuzz.random_trees import random_parents
-from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView
+from vllm_specplugin.api import EngineInfo, ProposeContext, ProposerBase, RequestView
 from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
 __all__ = ["DEVICE_PATH", "FAULTY", "MODES", "PATH", "Adversary", "DeviceAdversary"]
@@ -54,7 +54,7 @@ Ints = npt.NDArray[np.int64]
 Rng = np.random.Generator
 
 
-class Adversary:
+class Adversary(ProposerBase):
     """Drafts for each request as its ``extra_args["fuzz"]`` says."""
 
     def __init__(self, config: None, engine: EngineInfo) -> None:

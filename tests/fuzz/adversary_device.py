@@ -39,7 +39,7 @@ def use(mode: str, seed: int, truth: Truth) -> None:
 class OnDevice:
     """Made by :class:`.adversary.DeviceAdversary`."""
 
-    needs_top = 0
+    top_tokens = 0
 
     def __init__(self, vocab: int, nodes: int, device: Any) -> None:
         self._vocab, self._nodes, self._device = vocab, nodes, device

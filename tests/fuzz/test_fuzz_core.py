@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.fuzz.__main__ import main
@@ -20,8 +19,10 @@ from tests.fuzz.generate import make_frame, make_workload
 from tests.fuzz.shrink import shrink
 from tests.fuzz.workload import Case, Frame, Request, Workload
 from vllm_specplugin import PROPOSERS
-from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView
+from vllm_specplugin.api import ProposeContext, RequestView
 from vllm_specplugin.errors import ConfigError
+from vllm_specplugin.testing import engine_info
+from vllm_specplugin.testing import request as request_view
 from vllm_specplugin.tools.engine_client import EngineError
 
 FRAME = Frame(engine={"max_model_len": 64, "block_size": 32, "max_num_seqs": 4})
@@ -160,15 +161,11 @@ def test_every_feature_is_generated() -> None:
 
 
 def view(mode: str, length: int, truth: list[int], nodes: int = 8) -> RequestView:
-    return RequestView(
-        req_id="r",
-        tokens=np.arange(2, 2 + length, dtype=np.int32),
-        num_prompt_tokens=3,
+    return request_view(
+        "r",
+        range(2, 2 + length),
         max_nodes=nodes,
         max_depth=nodes,
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
         seed=7,
         options={"fuzz": {"mode": mode, "seed": 1, "first": 7, "truth": [truth]}},
     )
@@ -176,7 +173,7 @@ def view(mode: str, length: int, truth: list[int], nodes: int = 8) -> RequestVie
 
 def drafted(mode: str, length: int) -> Any:
     adversary = Adversary(
-        None, EngineInfo(vocab_size=64, max_model_len=99, max_num_seqs=1, max_nodes=8)
+        None, engine_info(vocab_size=64, max_model_len=99, max_num_seqs=1, max_nodes=8)
     )
     ctx = ProposeContext(requests=[view(mode, length, list(range(20, 40)))])
     return adversary.propose(ctx)[0]

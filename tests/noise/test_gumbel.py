@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_specplugin import NoiseKind
 from vllm_specplugin.noise import gumbel as noise
 from vllm_specplugin.noise.gumbel import CHOOSE, FLIP, LAST, gumbel_rows, uniforms
 
@@ -43,9 +44,9 @@ def test_three_implementations_agree(vocab):
 def test_rows_of_the_other_noise_are_its_tokens():
     seeds = np.array([1, 2**63 + 5], dtype=np.uint64)
     positions = np.array([5, 900])
-    rows = gumbel_rows(seeds, positions, 40, CPU, noise.MURMUR)
+    rows = gumbel_rows(seeds, positions, 40, CPU, NoiseKind.MURMUR)
     for row, (seed, position) in enumerate(zip(seeds, positions)):
-        few = noise.gumbel(int(seed), int(position), np.arange(40), noise.MURMUR)
+        few = noise.gumbel(int(seed), int(position), np.arange(40), NoiseKind.MURMUR)
         np.testing.assert_allclose(few, rows[row], atol=2e-6)
     assert not np.allclose(rows, gumbel_rows(seeds, positions, 40, CPU), atol=0.1)
 

@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 
 from vllm_specplugin.policies.fixed import FixedPolicy
+from vllm_specplugin.testing import trim_context
 
-from .support import ENGINE, budget, chains, context
+from .support import ENGINE, budget, chains
 
 
 def policy(**options) -> FixedPolicy:
@@ -17,19 +18,19 @@ def test_the_limit_wins_over_the_wish():
 
 
 def test_without_a_step_limit_everything_is_kept():
-    assert policy().trim(context(chains([0.9, 0.1], [0.5]))).all()
+    assert policy().trim(trim_context(chains([0.9, 0.1], [0.5]))).all()
 
 
 def test_a_step_limit_goes_to_the_likeliest_nodes_of_all():
     trees = chains([0.9, 0.9, 0.1], [0.5, 0.8], [0.05])
-    kept = policy(step_nodes=3).trim(context(trees))
+    kept = policy(step_nodes=3).trim(trim_context(trees))
     assert kept.tolist() == [True, True, False, True, False, False]
 
 
 def test_the_step_limit_is_optimal_by_brute_force():
     rng = np.random.default_rng(0)
     for _ in range(50):
-        ctx = context(chains(*(rng.random(rng.integers(1, 5)) for _ in range(3))))
+        ctx = trim_context(chains(*(rng.random(rng.integers(1, 5)) for _ in range(3))))
         n = int(rng.integers(1, 6))
         kept = policy(step_nodes=n).trim(ctx)
         assert kept.sum() == min(n, len(ctx.survival))

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from vllm_specplugin import DraftTree
-from vllm_specplugin.api import EngineInfo, RequestView, StepOutcome
 from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.policies.goodput import GoodputPolicy
 from vllm_specplugin.step.draft_request import DraftRequest
 from vllm_specplugin.step.drafting import Drafter
 from vllm_specplugin.telemetry.counters import SpecMetrics
+from vllm_specplugin.testing import engine_info, request, step_outcome, trim_context
 
-from .support import ENGINE, budget, chains, context, outcome
+from .support import ENGINE, budget, chains
 
 
 def policy(engine=ENGINE, **options) -> GoodputPolicy:
@@ -75,17 +75,13 @@ class Engine:
                 emitted[i, taken] = taken + 1 if right > taken else 99
                 accepted.append(taken)
             self.drafter.observe(
-                StepOutcome(
+                step_outcome(
+                    [len(tree) for tree in trees],
+                    accepted,
+                    seconds,
                     req_ids=names,
-                    num_tokens=[10] * requests,
-                    drafted=[len(tree) for tree in trees],
+                    num_tokens=10,
                     deepest=[tree.max_depth for tree in trees],
-                    accepted=accepted,
-                    foreseen=accepted,
-                    masked=0,
-                    prompt_tokens=0,
-                    seconds=seconds,
-                    gap_seconds=0.0,
                     draft_requests=self.drafter.draft_requests,
                     draft_seconds=drafting,
                 ),
@@ -97,12 +93,8 @@ class Engine:
 
     def _request(self, name):
         return DraftRequest(
-            view=RequestView(
-                req_id=name, tokens=np.zeros(10, dtype=np.int32), num_prompt_tokens=5,
-                max_nodes=32, max_depth=64, temperature=1.0, top_k=0, top_p=1.0,
-                seed=0, options={},
-            )
-        )  # fmt: skip
+            view=request(name, [0] * 10, max_nodes=32, max_depth=64, temperature=1.0, seed=0)
+        )
 
     def goodput(self, first, last=None):
         """Tokens per second of the steps from ``first`` on."""
@@ -148,8 +140,8 @@ def test_a_step_change_of_load_settles_and_does_not_swing():
 def test_nodes_go_to_the_requests_they_pay_for():
     made = policy()
     for nodes in (0, 4, 8, 16) * 40:
-        made.observe(outcome([nodes // 2] * 2, [0, 0], 0.02 + 0.002 * nodes))
-    keep = made.trim(context(chains([0.95] * 8, [0.05] * 8)))
+        made.observe(step_outcome([nodes // 2] * 2, [0, 0], 0.02 + 0.002 * nodes))
+    keep = made.trim(trim_context(chains([0.95] * 8, [0.05] * 8)))
     assert keep[:8].sum() >= 6 and not keep[8:].any()
 
 
@@ -157,16 +149,16 @@ def test_a_drawn_node_is_not_judged_by_what_follows_it():
     """On stairs of captured sizes the first node pays only if its descendants
     fill the step. A deterministic draft may be chosen so; a drawn one may not,
     as what follows a token depends on its value."""
-    stairs = EngineInfo(
+    stairs = engine_info(
         vocab_size=9, max_model_len=9, max_num_seqs=9, max_nodes=8, graph_sizes=(1, 8)
     )
 
     def keeps(later, sampled):
         made = policy(stairs)
         for nodes in (0, 7) * 100:
-            made.observe(outcome([nodes], [0], 0.01 if nodes == 0 else 0.016))
+            made.observe(step_outcome([nodes], [0], 0.01 if nodes == 0 else 0.016))
         tree = chains([0.5, *[later] * 6])
-        return bool(made.trim(context(tree, sampled=sampled))[0])
+        return bool(made.trim(trim_context(tree, sampled=sampled))[0])
 
     assert (keeps(0.95, False), keeps(0.01, False)) == (True, False)
     assert keeps(0.95, True) == keeps(0.01, True)
@@ -175,10 +167,10 @@ def test_a_drawn_node_is_not_judged_by_what_follows_it():
 def test_floors_are_kept_and_limits_are_for_the_proposer():
     made = policy()
     for nodes in (0, 4, 8, 16) * 40:
-        made.observe(outcome([nodes], [0], 0.02 + 0.02 * nodes))
+        made.observe(step_outcome([nodes], [0], 0.02 + 0.02 * nodes))
     trees = chains([0.01] * 4)
-    assert not made.trim(context(trees)).any()
-    assert made.trim(context(trees, floors=[2])).tolist() == [True, True, False, False]
+    assert not made.trim(trim_context(trees)).any()
+    assert made.trim(trim_context(trees, floors=[2])).tolist() == [True, True, False, False]
     assert budget(made, [5, 0]) == [5, 0]
 
 
@@ -246,12 +238,12 @@ def test_nothing_is_verified_without_gain_but_now_and_then_to_measure():
 def test_step_times_survive_a_restart(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("SPECPLUGIN_CACHE", str(tmp_path))
     facts = {"vocab_size": 9, "max_model_len": 9, "max_num_seqs": 9, "max_nodes": 8}
-    known = EngineInfo(**facts, fingerprint="abc")
+    known = engine_info(**facts, fingerprint="abc")
     made = policy(known, persist=True)
     for nodes in (0, 4, 8, 16) * 60:
-        made.observe(outcome([nodes], [0], 0.02 + 0.01 * nodes))
+        made.observe(step_outcome([nodes], [0], 0.02 + 0.01 * nodes))
     assert (tmp_path / "step_times" / "abc.json").is_file()
-    fresh = context(chains([0.3] * 4))
+    fresh = trim_context(chains([0.3] * 4))
     assert policy(known).trim(fresh).any()  # cold: presumed cheap
     assert not policy(known, persist=True).trim(fresh).any()
     # A disk that is full costs the file, nothing else.
@@ -263,5 +255,5 @@ def test_step_times_survive_a_restart(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("vllm_specplugin.step.cost_model.tempfile.mkstemp", full)
     with caplog.at_level(logging.WARNING):
         for _ in range(450):
-            made.observe(outcome([0], [0], 0.02))
+            made.observe(step_outcome([0], [0], 0.02))
     assert caplog.text.count("no space left") == 1

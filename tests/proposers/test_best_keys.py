@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.proposers.test_text_proposers import view
-from vllm_specplugin.noise.gumbel import MURMUR, PHILOX
+from vllm_specplugin import NoiseKind
 from vllm_specplugin.proposers._model_tree import growth
 from vllm_specplugin.proposers._model_tree.growth import Shape, children
 
@@ -27,11 +27,11 @@ def logits(rows: int, scale: float = 3.0) -> torch.Tensor:
 
 
 def shape(siblings: int = 5, **options) -> Shape:
-    options = {"coupled": True, "noise": PHILOX} | options
+    options = {"coupled": True, "noise": NoiseKind.PHILOX} | options
     return Shape(depth=4, width=4, siblings=siblings, min_survival=0.0, **options)
 
 
-@pytest.mark.parametrize("noise", [PHILOX, MURMUR])
+@pytest.mark.parametrize("noise", [NoiseKind.PHILOX, NoiseKind.MURMUR])
 @pytest.mark.parametrize("coupled", [True, False])
 @pytest.mark.parametrize("depth", [3, np.array([1, 2, 1, 1, 3, 2, 1, 2])])
 @pytest.mark.parametrize("spread", [0.6, np.linspace(0.2, 30.0, 8)])
@@ -45,15 +45,13 @@ def test_they_are_those_of_the_tensors(noise, coupled, depth, spread):
     assert len(compiled.drawn) == 0 and compiled.laws is None
 
 
-@pytest.mark.parametrize("noise", [PHILOX, MURMUR])
+@pytest.mark.parametrize("noise", [NoiseKind.PHILOX, NoiseKind.MURMUR])
 def test_keys_are_the_same_numbers(noise):
     """An ulp would do to turn the order of two tokens round."""
-    from vllm_specplugin.proposers._model_tree import top_keys_numba
-
-    seen, found = [], top_keys_numba.best_keys
+    seen, found = [], growth.best_keys
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            top_keys_numba,
+            growth,
             "best_keys",
             lambda keys, *rest: (found(keys, *rest), seen.append(keys.copy())),
         )

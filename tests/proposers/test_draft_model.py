@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from tests.proposers.fake_model import FakeDraftModel
 from tests.proposers.test_text_proposers import view
 from vllm_specplugin import EMPTY_TREE
-from vllm_specplugin.api import EngineInfo, ProposeContext
+from vllm_specplugin.api import ProposeContext
 from vllm_specplugin.config import SpecConfig, build, resolve
 from vllm_specplugin.errors import ConfigError
 from vllm_specplugin.noise.gumbel import gumbel
 from vllm_specplugin.proposers._model_tree.growth import Shape, children
+from vllm_specplugin.testing import FakeDraftModel, engine_info
 
 VOCAB = 12
-ENGINE = EngineInfo(vocab_size=VOCAB, max_model_len=256, max_num_seqs=8, max_nodes=16)
+ENGINE = engine_info(vocab_size=VOCAB)
 
 
 def table(seed=0, scale=2.0):

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.laws import chi_squared
-from tests.proposers.fake_model import FakeDraftModel
 from tests.proposers.test_draft_model import VOCAB, draft, make, table
 from tests.proposers.test_text_proposers import view
+from vllm_specplugin.testing import FakeDraftModel
 
 LIMIT = 4.0
 

@@ -8,22 +8,22 @@ import logging
 import numpy as np
 import pytest
 
-from tests.conformance.test_registered import view
 from tests.proposers.fake_heads import heads_folder
-from tests.proposers.fake_model import equipped
-from vllm_specplugin.api import EngineInfo, ProposeContext
+from vllm_specplugin.api import Needs, ProposeContext, ProposerBase
 from vllm_specplugin.config import parse_options
 from vllm_specplugin.errors import ConfigError
 from vllm_specplugin.proposers._fused import merge_numba
 from vllm_specplugin.proposers._fused.member import MAX_FAILURES
 from vllm_specplugin.proposers.fused import FusedProposer
+from vllm_specplugin.testing import engine_info, propose_context
+from vllm_specplugin.testing import request as view
 from vllm_specplugin.trees.batch import Forest
 from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
-ENGINE = EngineInfo(vocab_size=30, max_model_len=256, max_num_seqs=8, max_nodes=16)
+ENGINE = engine_info()
 
 
-class Says:
+class Says(ProposerBase):
     """Drafts what it was told, for every request."""
 
     tree = EMPTY_TREE
@@ -46,10 +46,10 @@ class Left(Says):
 
 class Right(Says):
     tree = DraftTree([1, 3, 4], [-1, 0, -1], [0.6, 0.2, 0.3])
-    needs_top = 2
+    needs = Needs(top_tokens=2)
     shown = None
 
-    def observe_rows(self, tokens, top, emitted):
+    def observe_rows(self, tokens, top, emitted, scope):
         self.shown = tokens, top, emitted
 
 
@@ -58,12 +58,15 @@ class Wrong(Says):
 
 
 class Raises(Says):
-    needs_top = 5
+    needs = Needs(top_tokens=5)
 
     def propose(self, ctx):
         raise RuntimeError("no drafts today")
 
-    observe_rows = release = propose
+    def observe_rows(self, *rows, scope):
+        raise RuntimeError("no rows today")
+
+    release = propose
 
 
 def names(*members: str) -> list[str]:
@@ -156,7 +159,7 @@ def test_the_likeliest_nodes_fill_the_budget():
     survival = paths(whole, whole.survival)
     assert survival.keys() == {(1,), (1, 2), (1, 3), (4,)}
     for n in range(1, 4):
-        got = draft(make("Left", "Right"), [5], nodes=n)
+        got = draft(make("Left", "Right"), [5], max_nodes=n)
         assert set(paths(got, got.survival)) == set(
             sorted(survival, key=survival.get, reverse=True)[:n]
         )
@@ -173,7 +176,7 @@ def test_estimates_follow_what_the_text_makes_of_each_member():
     assert survival[1,] < 0.2
     told = proposer.snapshot()
     assert all(told[name]["estimates"]["observed"] > 100 for name in names("Left", "Right"))
-    few = draft(proposer, text, nodes=2)
+    few = draft(proposer, text, max_nodes=2)
     assert few.tokens[np.argmax(few.survival)] == 4 and len(few) == 2
 
 
@@ -191,7 +194,7 @@ def test_agreement_is_never_worth_less_than_the_best_member(token):
 @pytest.mark.parametrize("bad", ["Raises", "Wrong"])
 def test_a_failing_member_costs_its_own_drafts(bad, caplog):
     proposer = make(bad, "Left")
-    assert proposer.needs_top == (5 if bad == "Raises" else 0)
+    assert proposer.needs.top_tokens == (5 if bad == "Raises" else 0)
     with caplog.at_level(logging.ERROR):
         for _ in range(MAX_FAILURES + 5):
             assert draft(proposer, [5]) == Left.tree
@@ -199,7 +202,7 @@ def test_a_failing_member_costs_its_own_drafts(bad, caplog):
     assert caplog.text.count("is left out") == 1
     told = proposer.snapshot()[names(bad)[0]]
     assert told["failures"] == MAX_FAILURES and not told["enabled"]
-    assert proposer.needs_top == 0
+    assert proposer.needs.top_tokens == 0
     proposer.release(["a"])
 
 
@@ -219,9 +222,9 @@ def test_a_member_may_read_hidden_states():
     values = {"members": ["ngram", "medusa"],
               "member_options": {"medusa": {"model": heads_folder(0)}}}  # fmt: skip
     proposer = FusedProposer(parse_options(FusedProposer.Config, values, "fused"), ENGINE)
-    assert proposer.needs_hidden and proposer.needs_lm_head
-    assert not make("Left").needs_hidden and not make("Left").needs_lm_head
-    [tree] = proposer.propose(equipped([view("a", [5])], ENGINE.vocab_size))
+    assert proposer.needs.hidden and proposer.needs.lm_head
+    assert make("Left").needs == Needs()
+    [tree] = proposer.propose(propose_context(view("a", [5])))
     assert len(tree)
 
 
@@ -247,7 +250,7 @@ def test_one_member_may_ask_vllm_for_a_drafter():
     def ask(*members, **options):
         values = {"members": members, "member_options": options}
         parsed = parse_options(FusedProposer.Config, values, "fused")
-        return FusedProposer.speculative(parsed), FusedProposer(parsed, ENGINE).native
+        return FusedProposer.speculative(parsed), FusedProposer(parsed, ENGINE).needs.vllm_drafter
 
     assert ask("suffix", "token_recycling") == ({}, False)
     model = {"model": "here"}

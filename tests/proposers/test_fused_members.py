@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.conformance.test_registered import view
-from tests.proposers.fake_model import equipped
-from vllm_specplugin.api import EngineInfo, ProposeContext
+from vllm_specplugin.api import Needs, ProposeContext, ProposerBase
 from vllm_specplugin.config import parse_options
 from vllm_specplugin.proposers.fused import FusedProposer
+from vllm_specplugin.testing import engine_info, propose_context
+from vllm_specplugin.testing import request as view
 from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
-ENGINE = EngineInfo(vocab_size=30, max_model_len=256, max_num_seqs=8, max_nodes=16)
+ENGINE = engine_info()
 RATE = 100.0
 """Tokens per second: a millisecond has to win a tenth of a token."""
 
@@ -27,18 +27,12 @@ class Clock:
 CLOCK = Clock()
 
 
-class Copies:
+class Copies(ProposerBase):
     """Cheap: knows how texts go on whose first token is 7."""
-
-    def __init__(self, config, engine) -> None:
-        pass
 
     def propose(self, ctx):
         known = DraftTree.chain([1, 2, 3, 4], [0.95] * 4)
         return [known if r.tokens[0] == 7 else EMPTY_TREE for r in ctx.requests]
-
-    def release(self, req_ids):
-        pass
 
 
 class CopiesSlowly(Copies):
@@ -56,10 +50,10 @@ class CopiesDearly(CopiesSlowly):
     milliseconds = 10.0
 
 
-class Model:
+class Model(ProposerBase):
     """Dear: the same for all texts. Says when it is asked, and for whom."""
 
-    needs_hidden = True
+    needs = Needs(hidden=True)
     asked: list[list[str]]
     milliseconds = (8.0, 1.0)
 
@@ -73,9 +67,6 @@ class Model:
         self.last = ctx
         return [DraftTree.chain([1, 2], [0.7, 0.7]) for r in ctx.requests]
 
-    def release(self, req_ids):
-        pass
-
 
 class Dearer(Model):
     milliseconds = (60.0, 10.0)
@@ -84,7 +75,7 @@ class Dearer(Model):
 class Natively(Model):
     """vLLM's drafters draft for a whole batch or not at all."""
 
-    native = True
+    needs = Needs(vllm_drafter=True)
 
 
 class Batch:
@@ -103,11 +94,7 @@ class Batch:
         for _ in range(steps):
             views = [view(n, [first, 5]) for n, first in self.firsts.items()]
             before = len(self.model.asked)
-            equipment = equipped(views, ENGINE.vocab_size)
-            ctx = ProposeContext(
-                requests=views, rate=self.rate, target=equipment.target,
-                draft_model=equipment.draft_model,
-            )  # fmt: skip
+            ctx = propose_context(*views, rate=self.rate, native=None)
             self.trees = self.fused.propose(ctx)
             # Both are right, so that what they claim is what they are worth.
             after = [view(n, [first, 5, 1, 2, 3, 4])
@@ -131,9 +118,9 @@ def test_what_it_is_shown_is_of_the_requests_it_is_asked_for():
     batch.run(20)
     shown = batch.model.last
     assert [r.req_id for r in shown.requests] == ["new"]
-    whole = equipped([view("new", [8, 5])], ENGINE.vocab_size).target
+    whole = propose_context(view("new", [8, 5])).target
     np.testing.assert_array_equal(shown.target.hidden, whole.hidden)
-    assert [v.req_id for v in shown.draft_model.views] == ["new"]
+    assert [v.req_id for v in shown.draft_model.requests] == ["new"]
 
 
 def test_where_all_is_copied_it_is_asked_only_to_see():

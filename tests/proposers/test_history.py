@@ -5,11 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from vllm_specplugin.api import EngineInfo, RequestView
+from vllm_specplugin.api import RequestView
 from vllm_specplugin.noise.gumbel import gumbel
 from vllm_specplugin.proposers._history import index_numba as indexing
 from vllm_specplugin.proposers._history import votes_numba as votes
-from vllm_specplugin.proposers._history.drafter import HistoryDrafter, make_rule
+from vllm_specplugin.proposers._history.drafter import HistoryDrafter
+from vllm_specplugin.proposers._history.votes_numba import Rule
+from vllm_specplugin.testing import engine_info, request
 
 MASK = 255
 
@@ -185,7 +187,7 @@ def test_coupled_estimates_are_the_formula(seed):
 
 
 def make_drafter(store: int = 0) -> HistoryDrafter:
-    rule = make_rule(
+    rule = Rule(
         min_match=1,
         max_match=16,
         occurrences=8,
@@ -199,23 +201,12 @@ def make_drafter(store: int = 0) -> HistoryDrafter:
         min_survival=0.01,
         vocab_size=100,
     )
-    engine = EngineInfo(vocab_size=100, max_model_len=512, max_num_seqs=8, max_nodes=8)
+    engine = engine_info(vocab_size=100, max_model_len=512, max_nodes=8)
     return HistoryDrafter(rule, store, engine)
 
 
 def view(req_id: str, tokens) -> RequestView:
-    return RequestView(
-        req_id=req_id,
-        tokens=np.asarray(tokens, np.int32),
-        num_prompt_tokens=1,
-        max_nodes=8,
-        max_depth=8,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        seed=3,
-        options={},
-    )
+    return request(req_id, tokens, max_nodes=8, max_depth=8, temperature=1.0, seed=3)
 
 
 def test_memory_stays_bounded():

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conformance.test_registered import ENGINE, view
 from tests.proposers.fake_heads import HIDDEN, VOCAB, heads_folder, random_heads
-from tests.proposers.fake_model import changed
 from vllm_specplugin import EMPTY_TREE, ConfigError
-from vllm_specplugin.api import EngineInfo, ProposeContext, TargetRows
+from vllm_specplugin.api import ProposeContext, TargetRows
 from vllm_specplugin.config import parse_options
 from vllm_specplugin.heads.accuracies import HeadCalibration
 from vllm_specplugin.heads.medusa import save_heads
 from vllm_specplugin.noise.gumbel import gumbel
-from vllm_specplugin.proposers._medusa.product_tree import explore
+from vllm_specplugin.proposers._medusa.product_tree_numba import explore
 from vllm_specplugin.proposers.medusa import MedusaProposer
+from vllm_specplugin.testing import engine_info
+from vllm_specplugin.testing import request as view
 from vllm_specplugin.trees.tree import DraftTree
 
+ENGINE = engine_info()
 HEADS = random_heads()
 
 
@@ -70,7 +72,7 @@ def paths_of(tree: DraftTree) -> dict[tuple[int, ...], float]:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0])
 def test_trees_hold_the_likeliest_products(temperature):
-    request = view("a", [4, 5, 6], temperature=temperature, nodes=14)
+    request = view("a", [4, 5, 6], temperature=temperature, max_nodes=14)
     [tree] = draft(make(siblings=5), request)
     keys = logits(hidden(1))[:, 0]
     for depth in range(3):
@@ -98,7 +100,7 @@ def test_limits_of_depth_survival_and_price():
     request = view("a", [4, 5])
     [tree] = draft(make(depth=2), request)
     assert tree.max_depth == 2
-    [tree] = draft(make(), changed(request, max_depth=1, max_nodes=3))
+    [tree] = draft(make(), replace(request, max_depth=1, max_nodes=3))
     assert tree.max_depth == 1 and len(tree) == 3
     [tree] = draft(make(min_survival=0.2), request)
     assert len(tree) and (tree.survival >= 0.2 - 1e-6).all()
@@ -112,7 +114,7 @@ def test_limits_of_depth_survival_and_price():
 
 def test_tied_heads_use_the_targets_lm_head():
     tied = make(model=heads_folder(0))
-    assert tied.needs_lm_head and not make().needs_lm_head
+    assert tied.needs.lm_head and not make().needs.lm_head
     weight = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(8))
     asked = []
 
@@ -145,7 +147,7 @@ def test_static_trees_follow_the_measured_accuracies(tmp_path):
     accuracies = [[0.6, 0.2, 0.1], [0.5, 0.3, 0.05], [0.4, 0.1, 0.1]]
     measured(tmp_path, accuracies)
     proposer = make(model=str(tmp_path), tree="static", siblings=3)
-    requests = [view("a", [4, 5], nodes=9), view("b", [7], nodes=9)]
+    requests = [view("a", [4, 5], max_nodes=9), view("b", [7], max_nodes=9)]
     one, other = draft(proposer, *requests)
     # The same shape whatever the context says, with the measured estimates.
     assert one.parents.tolist() == other.parents.tolist()
@@ -156,7 +158,7 @@ def test_static_trees_follow_the_measured_accuracies(tmp_path):
     assert sorted(paths_of(one).values(), reverse=True) == pytest.approx(best)
     assert set(paths_of(one)) <= set(expected)
     # The first nodes of a smaller tree are those of a larger one.
-    [small] = draft(proposer, changed(requests[0], max_nodes=4), rows=hidden(2)[:1])
+    [small] = draft(proposer, replace(requests[0], max_nodes=4), rows=hidden(2)[:1])
     assert small == one.prefix(4)
 
 
@@ -176,7 +178,7 @@ def test_a_known_static_tree():
 
 def test_measured_spread_is_used(tmp_path):
     save_heads(random_heads(), tmp_path)
-    request = view("a", [4, 5], nodes=1)
+    request = view("a", [4, 5], max_nodes=1)
     [sharp] = draft(make(model=str(tmp_path)), request)
     measured(tmp_path, [[0.5]] * 3)
     [flat] = draft(make(model=str(tmp_path)), request)
@@ -202,12 +204,12 @@ def test_what_is_wrong_stops_at_start(options, message):
 
 
 def test_heads_of_another_target_stop_at_start():
-    wide = EngineInfo(
+    wide = engine_info(
         vocab_size=VOCAB, max_model_len=9, max_num_seqs=1, max_nodes=4, hidden_size=64
     )
     with pytest.raises(ConfigError, match=r"with hidden size 12: expected .* 64"):
         make(wide)
-    other = EngineInfo(vocab_size=31, max_model_len=9, max_num_seqs=1, max_nodes=4)
+    other = engine_info(vocab_size=31, max_model_len=9, max_num_seqs=1, max_nodes=4)
     with pytest.raises(ConfigError, match=r"with vocabulary 30: expected .* 31"):
         make(other)
 

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conformance.test_registered import ENGINE, view
 from tests.proposers.fake_heads import VOCAB, random_heads
-from tests.proposers.fake_model import changed
 from tests.proposers.test_medusa import draft, hidden, make, paths_of
+from vllm_specplugin import NoiseKind
 from vllm_specplugin.api import TargetRows
 from vllm_specplugin.api.device_proposer import DeviceContext, OffersDevice
 from vllm_specplugin.heads.accuracies import HeadCalibration
 from vllm_specplugin.heads.medusa import save_heads
-from vllm_specplugin.noise.gumbel import MURMUR
 from vllm_specplugin.proposers._medusa.device import product_trees
-from vllm_specplugin.proposers._medusa.product_tree import explore
+from vllm_specplugin.proposers._medusa.product_tree_numba import explore
+from vllm_specplugin.testing import engine_info
+from vllm_specplugin.testing import request as view
 from vllm_specplugin.trees.tree import DraftTree
 
 CPU = torch.device("cpu")
-SECOND = dataclasses.replace(ENGINE, noise=MURMUR)
+SECOND = engine_info(noise=NoiseKind.MURMUR)
 NODES = 11
 
 
 def requests(temperatures, **changes):
     views = [
-        view(f"r{i}", range(3 + i), temperature=t, nodes=NODES) for i, t in enumerate(temperatures)
+        view(f"r{i}", range(3 + i), temperature=t, max_nodes=NODES)
+        for i, t in enumerate(temperatures)
     ]
-    return [changed(v, seed=7 + i, **changes) for i, v in enumerate(views)]
+    return [replace(v, seed=7 + i, **changes) for i, v in enumerate(views)]
 
 
 def context(views, *, chains=False, shift=0, **more) -> DeviceContext:

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.proposers.fake_model import FakeNative
 from tests.proposers.test_text_proposers import view
-from vllm_specplugin.api import EngineInfo, ProposeContext
+from vllm_specplugin.api import ProposeContext
 from vllm_specplugin.config import SpecConfig, build, resolve
 from vllm_specplugin.errors import ConfigError
 from vllm_specplugin.noise.gumbel import gumbel
+from vllm_specplugin.testing import FakeNativeDrafts, engine_info
 
 VOCAB = 1000
-ENGINE = EngineInfo(vocab_size=VOCAB, max_model_len=256, max_num_seqs=8, max_nodes=16)
+ENGINE = engine_info(vocab_size=VOCAB)
 
 
 def make(name="vllm:ngram", **options):
@@ -23,7 +23,7 @@ def make(name="vllm:ngram", **options):
 
 
 def draft(proposer, native):
-    return proposer.propose(ProposeContext(requests=native.views, native=native))
+    return proposer.propose(ProposeContext(requests=native.requests, native=native))
 
 
 def asked(name, **options):
@@ -34,27 +34,27 @@ def asked(name, **options):
 
 def test_chains_within_budget_and_depth():
     views = [view([1], "a", max_nodes=2), view([1], "b"), view([1], "c", max_depth=1)]
-    native = FakeNative(views, [5, 6, 7, 8, 9])
+    native = FakeNativeDrafts(views, [5, 6, 7, 8, 9])
     trees = draft(make(length=4), native)
     assert native.asked == [4]
     assert [t.tokens.tolist() for t in trees] == [[5, 6], [5, 6, 7, 8], [5]]
     assert all(tree.is_chain for tree in trees)
-    native = FakeNative(views[:1], [5, 6, 7, 8])
+    native = FakeNativeDrafts(views[:1], [5, 6, 7, 8])
     draft(make(length=4), native)
     assert native.asked == [2], "no more is asked for than anybody may draft"
 
 
 def test_padding_ends_a_chain():
-    [tree] = draft(make(), FakeNative([view([1])], [5, -1, -1, -1]))
+    [tree] = draft(make(), FakeNativeDrafts([view([1])], [5, -1, -1, -1]))
     assert tree.tokens.tolist() == [5]
-    [tree] = draft(make(), FakeNative([view([1])], [-1, -1, -1, -1]))
+    [tree] = draft(make(), FakeNativeDrafts([view([1])], [-1, -1, -1, -1]))
     assert len(tree) == 0
 
 
 def test_probabilities_come_along_where_tokens_were_drawn():
     probs = torch.rand(2, 4, VOCAB)
     views = [view([1], "a", temperature=1.0, max_nodes=3), view([1], "b")]
-    drawn, greedy = draft(make(), FakeNative(views, [5, 6, 7, 8], probs))
+    drawn, greedy = draft(make(), FakeNativeDrafts(views, [5, 6, 7, 8], probs))
     assert drawn.draft_probs is not None and greedy.draft_probs is None
     assert drawn.draft_probs.rows.tolist() == [0, 1, 2, -1]
     assert drawn.draft_probs.sampled.all()
@@ -69,7 +69,7 @@ def test_models_guess_with_the_noise_of_their_requests():
         view([1] * 9, "b"),
         view([1], "c", temperature=1.3, seed=5, top_k=2),
     ]
-    native = FakeNative(views, [], logits=logits)
+    native = FakeNativeDrafts(views, [], logits=logits)
     trees = draft(make("vllm:draft_model", model="m", length=3), native)
     for row, (one, tree) in enumerate(zip(views, trees)):
         wanted = []
@@ -97,10 +97,10 @@ def test_models_guess_with_the_noise_of_their_requests():
 )
 def test_who_is_coupled(name, options, steered):
     model = {} if name == "vllm:ngram" else {"model": "m"}
-    native = FakeNative([view([1], temperature=1.0)], [3])
+    native = FakeNativeDrafts([view([1], temperature=1.0)], [3])
     draft(make(name, **model, **options), native)
     assert native.steered is steered
-    native = FakeNative([view([1])], [3])
+    native = FakeNativeDrafts([view([1])], [3])
     draft(make(name, **model, **options), native)
     assert not native.steered, "greedy requests need no noise"
 

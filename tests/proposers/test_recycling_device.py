@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_specplugin.api import EngineInfo
+from vllm_specplugin import NoiseKind
 from vllm_specplugin.api.device_proposer import DeviceContext, OffersDevice
-from vllm_specplugin.noise.gumbel import MURMUR, gumbel
+from vllm_specplugin.noise.gumbel import gumbel
 from vllm_specplugin.proposers._recycling.device import REFRESH, best_shape, chain_shape
 from vllm_specplugin.proposers.token_recycling import TokenRecyclingProposer
+from vllm_specplugin.testing import engine_info
 
 CPU = torch.device("cpu")
-ENGINE = EngineInfo(vocab_size=9, max_model_len=64, max_num_seqs=4, max_nodes=6)
+ENGINE = engine_info(vocab_size=9, max_model_len=64, max_num_seqs=4, max_nodes=6)
 
 
 def make(nodes=4, **options):
@@ -97,10 +98,10 @@ def test_ranks_are_coupled_to_the_targets_noise(seed):
     ctx = context([1], temperature=1.0, chains=True, position=30, seed=seed)
     (first, second), _ = (x[0].tolist() for x in proposer.propose(ctx))
     share = np.log([0.4, 0.2])
-    best = int((share + gumbel(seed, 30, np.array([2, 3]), MURMUR)).argmax())
+    best = int((share + gumbel(seed, 30, np.array([2, 3]), NoiseKind.MURMUR)).argmax())
     assert first == [2, 3][best]
     below = [[4, 5], [6, 7]][best]
-    best = int((share + gumbel(seed, 31, np.array(below), MURMUR)).argmax())
+    best = int((share + gumbel(seed, 31, np.array(below), NoiseKind.MURMUR)).argmax())
     assert second == below[best]
 
 

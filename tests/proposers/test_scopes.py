@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from vllm_specplugin import PROPOSERS
-from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView
+from vllm_specplugin.api import ProposeContext, RequestView
 from vllm_specplugin.config import parse_options
 from vllm_specplugin.proposers import token_recycling
 from vllm_specplugin.proposers._history import index_numba as indexing
 from vllm_specplugin.proposers._history.drafter import scope_code
+from vllm_specplugin.testing import engine_info, request
 
-ENGINE = EngineInfo(vocab_size=500, max_model_len=256, max_num_seqs=8, max_nodes=8)
+ENGINE = engine_info(vocab_size=500, max_nodes=8)
 SECRET = list(range(100, 140))
 ASKING = SECRET[:20]
 
@@ -23,31 +24,20 @@ def make(name: str, **options):
 
 
 def view(req_id: str, tokens, scope: str | None, temperature=0.0) -> RequestView:
-    return RequestView(
-        req_id=req_id,
-        tokens=np.asarray(tokens, np.int32),
-        num_prompt_tokens=1,
-        max_nodes=8,
-        max_depth=8,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        seed=3,
-        options={},
-        scope=scope,
+    return request(
+        req_id, tokens, max_nodes=8, max_depth=8, temperature=temperature, seed=3, scope=scope
     )
 
 
 def serve(proposer, req_id: str, text, scope: str | None) -> None:
     """A request that ends with a text."""
     proposer.propose(ProposeContext(requests=[view(req_id, text, scope)]))
-    if scope is not None and hasattr(proposer, "observe_rows"):
+    if scope is not None and (wanted := proposer.needs.top_tokens):
         rows = np.array(text[:-1], np.int32)
         emitted = np.array(text[1:], np.int32)
-        top = np.full((len(rows), proposer.needs_top), -1, np.int32)
+        top = np.full((len(rows), wanted), -1, np.int32)
         top[:, 0] = emitted
-        named = {"scope": scope} if scope else {}
-        proposer.observe_rows(rows, top, emitted, **named)
+        proposer.observe_rows(rows, top, emitted, scope=scope)
     proposer.release([req_id])
 
 

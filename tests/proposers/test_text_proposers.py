@@ -7,14 +7,15 @@ import sys
 import numpy as np
 import pytest
 
-from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView
+from vllm_specplugin.api import ProposeContext
 from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.errors import ConfigError
 from vllm_specplugin.noise.gumbel import gumbel
+from vllm_specplugin.testing import engine_info, request
 from vllm_specplugin.trees.tree import ROOT
 
 VOCAB = 1000
-ENGINE = EngineInfo(vocab_size=VOCAB, max_model_len=4096, max_num_seqs=16, max_nodes=16)
+ENGINE = engine_info(vocab_size=VOCAB, max_model_len=4096, max_num_seqs=16)
 NAMES = ["ngram", "suffix"]
 both = pytest.mark.parametrize("name", NAMES)
 
@@ -26,19 +27,7 @@ def make(name, **options):
 
 
 def view(tokens, req_id="r", **changes):
-    request = RequestView(
-        req_id=req_id,
-        tokens=np.asarray(tokens, np.int32),
-        num_prompt_tokens=1,
-        max_nodes=16,
-        max_depth=16,
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        seed=11,
-        options={},
-    )
-    return dataclasses.replace(request, **changes)
+    return request(req_id, tokens, num_prompt_tokens=1, **changes)
 
 
 def draft(proposer, *views):
@@ -297,6 +286,6 @@ def test_importing_the_proposers_is_cheap():
     code = (
         "import sys; import vllm_specplugin.proposers.ngram, "
         "vllm_specplugin.proposers.suffix; "
-        "assert not {'numba', 'torch', 'vllm'} & set(sys.modules)"
+        "assert not {'torch', 'vllm'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.conformance.test_registered import view
-from vllm_specplugin.api import EngineInfo, ProposeContext
+from vllm_specplugin.api import ProposeContext
 from vllm_specplugin.config import parse_options
 from vllm_specplugin.noise.gumbel import gumbel
 from vllm_specplugin.proposers.token_recycling import TokenRecyclingProposer
+from vllm_specplugin.testing import engine_info
+from vllm_specplugin.testing import request as view
 from vllm_specplugin.trees.tree import DraftTree
 
-ENGINE = EngineInfo(vocab_size=30, max_model_len=256, max_num_seqs=8, max_nodes=16)
+ENGINE = engine_info()
 
 
 def make(**options) -> TokenRecyclingProposer:
@@ -63,7 +64,7 @@ def test_the_tree_holds_the_likeliest_paths(most, depth, least):
     # Shares without ties, so that the order is defined.
     proposer._hits = np.array([0.53, 0.211, 0.107]) * proposer._seen
     for root in range(30):
-        got = drawn_paths(draft(proposer, [1, root], nodes=most))
+        got = drawn_paths(draft(proposer, [1, root], max_nodes=most))
         want = best_first(matrix, proposer.ranks(), root, most, depth, least)
         assert got.keys() == want.keys()
         assert all(abs(got[path] - want[path]) < 1e-5 for path in want)
@@ -91,7 +92,7 @@ def test_ranks_are_learnt_from_the_row_as_it_was():
         show(proposer, [(4, [5, 6], 5)])
     low, high = proposer.ranks()
     assert low < 0.03 and high > 0.95
-    tree = draft(proposer, [4], depth=1)
+    tree = draft(proposer, [4], max_depth=1)
     assert tree.tokens.tolist() == [6]
 
 
@@ -101,9 +102,9 @@ def test_noise_decides_between_equals_at_a_temperature():
     proposer._hits, proposer._seen = np.array([0.5, 0.5]), 1.0
     for n in range(1, 9):
         noise = gumbel(11, n, np.array([5, 6]))
-        tree = draft(proposer, [4] * n, temperature=1.0, depth=1)
+        tree = draft(proposer, [4] * n, temperature=1.0, max_depth=1)
         assert tree.tokens[0] == (5, 6)[int(np.argmax(noise))]
     plain = make(k=2, min_survival=0, coupled=False)
     show(plain, [(4, [5, 6], -1)])
-    trees = [draft(plain, [4] * n, temperature=1.0, depth=1) for n in range(1, 9)]
+    trees = [draft(plain, [4] * n, temperature=1.0, max_depth=1) for n in range(1, 9)]
     assert all(tree.tokens[0] == 5 for tree in trees)

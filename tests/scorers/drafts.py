@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
-from vllm_specplugin.api import EngineInfo, ScoreBatch
+from vllm_specplugin.api import ScoreBatch
 from vllm_specplugin.noise.gumbel import CHOOSE, FLIP, LAST, uniforms
 from vllm_specplugin.scorers.reference import Uniforms, Verification
-from vllm_specplugin.trees.draft_probs import DraftProbs, batch_probs
-from vllm_specplugin.trees.step_layout import StepLayout
+from vllm_specplugin.testing import engine_info, score_batch
+from vllm_specplugin.trees.draft_probs import DraftProbs
 from vllm_specplugin.trees.tree import DraftTree
 
 VOCAB = 12
-ENGINE = EngineInfo(vocab_size=VOCAB, max_model_len=64, max_num_seqs=8, max_nodes=16)
+ENGINE = engine_info(vocab_size=VOCAB, max_model_len=64)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -57,33 +55,6 @@ def random_draft(
     return DraftTree(tokens, parents, None, probs if drawn.any() else None)
 
 
-def batch_of(
-    trees: list[DraftTree],
-    logits: torch.Tensor,
-    *,
-    greedy: list[bool] | None = None,
-    seeds: list[int] | None = None,
-    roots: list[int] | None = None,
-    **more,
-) -> ScoreBatch:
-    n = len(trees)
-    layout = StepLayout(trees=trees, root_rows=[0] * n, root_positions=roots or [10] * n)
-    batch = ScoreBatch(
-        logits=logits,
-        starts=layout.starts,
-        tokens=layout.tokens,
-        parents=layout.parents,
-        positions=layout.emit_positions,
-        greedy=np.array(greedy or [False] * n),
-        seeds=np.array(seeds or range(n), dtype=np.uint64),
-        **more,
-    )
-    probs = batch_probs([t.draft_probs for t in trees], batch.starts, logits.device)
-    if probs is None:
-        return batch
-    return replace(batch, **{name: getattr(probs, name) for name in probs.__dataclass_fields__})
-
-
 def random_batch(
     seed: int,
     *,
@@ -102,12 +73,12 @@ def random_batch(
         else DraftTree([], [])
         for r, n in zip(rows, sizes)
     ]
-    batch = batch_of(
+    batch = score_batch(
         trees,
         torch.from_numpy(np.concatenate(rows)),
         greedy=(rng.random(requests) < 0.2).tolist(),
         seeds=rng.integers(0, 2**63, requests).tolist(),
-        roots=rng.integers(1, 50, requests).tolist(),
+        root_positions=rng.integers(1, 50, requests).tolist(),
         **more,
     )
     return trees, batch

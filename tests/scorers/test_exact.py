@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_specplugin.api import EngineInfo, ScoreBatch
 from vllm_specplugin.noise.gumbel import gumbel
 from vllm_specplugin.scorers.exact import ExactScorer, match_walk
-from vllm_specplugin.trees.step_layout import StepLayout
+from vllm_specplugin.testing import engine_info, score_batch
 from vllm_specplugin.trees.tree import DraftTree
 
 from ..laws import all_choices, path_of, prefix_law, random_target, target_law
 
-ENGINE = EngineInfo(vocab_size=8, max_model_len=64, max_num_seqs=8, max_nodes=16)
+ENGINE = engine_info(vocab_size=8, max_model_len=64)
 
 TREES = {
     "empty": DraftTree([], []),
@@ -27,34 +26,13 @@ TREES = {
 }
 
 
-def batch_of(
-    trees: list[DraftTree],
-    logits: torch.Tensor,
-    *,
-    greedy: list[bool] | None = None,
-    seeds: list[int] | None = None,
-    roots: list[int] | None = None,
-) -> ScoreBatch:
-    n = len(trees)
-    layout = StepLayout(trees=trees, root_rows=[0] * n, root_positions=roots or [10] * n)
-    return ScoreBatch(
-        logits=logits,
-        starts=layout.starts,
-        tokens=layout.tokens,
-        parents=layout.parents,
-        positions=layout.emit_positions,
-        greedy=np.array(greedy or [True] * n),
-        seeds=np.array(seeds or [0] * n, dtype=np.uint64),
-    )
-
-
 @pytest.mark.parametrize("name", TREES)
 @pytest.mark.parametrize("seed", range(3))
 def test_the_walk_emits_the_targets_law(name, seed):
     """Equality of rationals, for every tree: nothing approximate."""
     tree, vocab = TREES[name], 3
     p = random_target(vocab, seed)
-    batch = batch_of([tree], torch.zeros(len(tree) + 1, vocab))
+    batch = score_batch([tree], torch.zeros(len(tree) + 1, vocab), greedy=True)
     outcomes = []
     accepted = Fraction(0)
     for chosen, weight in all_choices(tree, p, vocab):
@@ -94,7 +72,7 @@ def test_sampled_acceptance_reaches_the_optimum():
     logits = torch.randn(len(tree) + 1, 6)
     p = logits.double().softmax(-1)
     expected = (p[0, 0] + p[0, 2] + p[0, 0] * p[1, 1] + p[0, 2] * p[2, 0]).item()
-    batch = batch_of([tree] * n, logits.repeat(n, 1), greedy=[False] * n, seeds=list(range(n)))
+    batch = score_batch([tree] * n, logits.repeat(n, 1), greedy=[False] * n, seeds=list(range(n)))
     accepted = ExactScorer(None, ENGINE).score(batch).lengths - 1
     error = accepted.std() / np.sqrt(n)
     assert abs(accepted.mean() - expected) < 4 * error
@@ -105,7 +83,7 @@ def test_noise_is_keyed_by_seed_and_position():
     torch.manual_seed(1)
     logits = torch.randn(3, 8)
     tree = DraftTree.chain([0, 1])
-    batch = batch_of([tree], logits, greedy=[False], seeds=[77], roots=[4])
+    batch = score_batch([tree], logits, greedy=[False], seeds=[77], root_positions=[4])
     chosen = [
         int(np.argmax(logits[row].numpy() + gumbel(77, 5 + row, np.arange(8)))) for row in range(3)
     ]
@@ -122,7 +100,9 @@ def test_what_is_emitted_does_not_depend_on_the_draft():
     scorer = ExactScorer(None, ENGINE)
 
     def emit(tree: DraftTree) -> list[int]:
-        batch = batch_of([tree], row.repeat(len(tree) + 1, 1), greedy=[False], seeds=[5], roots=[9])
+        batch = score_batch(
+            [tree], row.repeat(len(tree) + 1, 1), greedy=[False], seeds=[5], root_positions=[9]
+        )
         return [t for t in scorer.score(batch).tokens[0].tolist() if t >= 0]
 
     truth = [int(np.argmax(row.numpy() + gumbel(5, 10 + d, np.arange(8)))) for d in range(3)]
@@ -137,11 +117,11 @@ def test_greedy_and_random_requests_mix():
     trees = [DraftTree.chain([1]), DraftTree([], []), DraftTree.chain([2])]
     logits = torch.randn(5, 8)
     mixed = ExactScorer(None, ENGINE).score(
-        batch_of(trees, logits, greedy=[True, False, False], seeds=[1, 2, 3])
+        score_batch(trees, logits, greedy=[True, False, False], seeds=[1, 2, 3])
     )
     for i, (start, end) in enumerate([(0, 2), (2, 3), (3, 5)]):
         alone = ExactScorer(None, ENGINE).score(
-            batch_of([trees[i]], logits[start:end], greedy=[i == 0], seeds=[i + 1])
+            score_batch([trees[i]], logits[start:end], greedy=[i == 0], seeds=[i + 1])
         )
         n = alone.lengths[0]
         assert mixed.tokens[i, :n].tolist() == alone.tokens[0, :n].tolist()
@@ -149,7 +129,7 @@ def test_greedy_and_random_requests_mix():
 
 
 def test_padding_is_never_accepted():
-    batch = batch_of([DraftTree.chain([-1, -1])], torch.zeros(3, 8))
+    batch = score_batch([DraftTree.chain([-1, -1])], torch.zeros(3, 8), greedy=True)
     result = ExactScorer(None, ENGINE).score(batch)
     assert result.lengths.tolist() == [1]
     assert result.tokens.tolist() == [[0]]
@@ -159,6 +139,6 @@ def test_rows_name_where_each_token_came_from():
     tree = DraftTree([3, 5, 5], [-1, -1, 1])
     logits = torch.full((4, 8), -1.0)
     logits[0, 5] = logits[2, 5] = logits[3, 7] = 1.0
-    result = ExactScorer(None, ENGINE).score(batch_of([tree], logits))
+    result = ExactScorer(None, ENGINE).score(score_batch([tree], logits, greedy=True))
     assert result.tokens.tolist() == [[5, 5, 7]]
     assert result.rows.tolist() == [[0, 2, 3]]

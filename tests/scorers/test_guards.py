@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_specplugin.api import EngineInfo
 from vllm_specplugin.scorers._guards import GuardConfig, Ledger, Usage
 from vllm_specplugin.scorers.exact import ExactScorer
+from vllm_specplugin.testing import engine_info, score_batch
 from vllm_specplugin.trees.tree import DraftTree
 
-from .drafts import batch_of, random_batch
+from .drafts import random_batch
 from .test_rules import LOSSY, OPEN, make
 
 VOCAB, REQUESTS = 400, 200
@@ -28,7 +28,7 @@ def flat(seed: int = 0, temperature: float = 2.0, depth: int = 4):
     trees = [DraftTree.chain(row[:depth].tolist()) for row in guess]
     entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
     assert entropy > 4
-    return batch_of(trees, logits, req_ids=[str(i) for i in range(REQUESTS)])
+    return score_batch(trees, logits, req_ids=[str(i) for i in range(REQUESTS)])
 
 
 def accepted(name: str, batch, **options) -> tuple[float, float, dict]:
@@ -117,7 +117,7 @@ def test_greedy_requests_are_counted_too():
     logits = torch.randn(2, 50)
     first, second = logits[0].topk(2).indices.tolist()
     for token, relaxed in ((first, 0), (second, 1)):
-        batch = batch_of([DraftTree.chain([token])], logits, greedy=[True])
+        batch = score_batch([DraftTree.chain([token])], logits, greedy=[True])
         result = make("relaxed", top=2, delta=1.0, **OPEN).score(batch)
         assert result.tokens[0, 0] == token
         assert result.relaxed.tolist() == [relaxed]
@@ -128,7 +128,7 @@ def test_thrown_away_steps_are_not_counted():
     ledger = Ledger()
 
     def step(position: int, emitted: int) -> Usage:
-        batch = batch_of([DraftTree([], [])], torch.zeros(1, 8), roots=[position - 1])
+        batch = score_batch([DraftTree([], [])], torch.zeros(1, 8), root_positions=[position - 1])
         batch = replace(batch, req_ids=["a"])
         (before,) = ledger.open(batch)
         after = before
@@ -150,7 +150,7 @@ def test_thrown_away_steps_are_not_counted():
 
 def test_leniency_only_between_thinking_markers():
     begin, end = 40, 41
-    engine = EngineInfo(vocab_size=50, max_model_len=64, max_num_seqs=8, max_nodes=8)
+    engine = engine_info(vocab_size=50, max_model_len=64, max_nodes=8)
     assert ExactScorer(None, engine)
     torch.manual_seed(1)
     logits = torch.randn(4, 50)
@@ -161,7 +161,7 @@ def test_leniency_only_between_thinking_markers():
 
     def kept(*known: int, draft: DraftTree = tree) -> int:
         history = np.array([*known, *[7] * (11 - len(known)), 3, 3], np.int32)
-        batch = batch_of(
+        batch = score_batch(
             [draft], logits[: len(draft) + 1], greedy=[True], history=lambda _: history
         )
         return int(make("relaxed", **options).score(batch).lengths[0]) - 1

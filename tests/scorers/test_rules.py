@@ -20,7 +20,7 @@ LOSSLESS = {
 
 def make(name: str, **options):
     factory = SCORERS.get(name)
-    config = getattr(factory, "Config", None)
+    config = factory.Config
     return factory(config(**options) if config else None, ENGINE)
 
 

@@ -15,16 +15,17 @@ import pytest
 import torch
 
 from vllm_specplugin import SCORERS
-from vllm_specplugin.api import EngineInfo, ScoreBatch
+from vllm_specplugin.api import ScoreBatch
 from vllm_specplugin.noise.gumbel import FLIP, uniforms
 from vllm_specplugin.scorers._candidates import Candidates
+from vllm_specplugin.testing import engine_info, score_batch
 from vllm_specplugin.trees.draft_probs import DraftProbs
 from vllm_specplugin.trees.tree import DraftTree
 
-from .drafts import batch_of, softmax
+from .drafts import softmax
 
 VOCAB, REQUESTS, LIMIT = 5, 8_000, 4.0
-ENGINE = EngineInfo(vocab_size=VOCAB, max_model_len=64, max_num_seqs=REQUESTS, max_nodes=8)
+ENGINE = engine_info(vocab_size=VOCAB, max_model_len=64, max_num_seqs=REQUESTS, max_nodes=8)
 PARENTS = {"chain": [-1, 0, 1], "tree": [-1, 0, -1, 2, 2], "siblings": [-1, -1, -1]}
 _rng = np.random.default_rng(7)
 P = softmax(_rng.normal(size=(VOCAB + 1, VOCAB)) * 1.5)
@@ -56,10 +57,12 @@ def drafts(shape: str, draws: np.ndarray, replacement: bool) -> ScoreBatch:
         logits[request] = np.log(P[rows])
         probs = DraftProbs(Q, rows, flags, replacement)
         trees.append(DraftTree([p[-1] for p in paths[1:]], parents, None, probs))
-    batch = batch_of(trees, torch.from_numpy(logits.reshape(-1, VOCAB)))
+    batch = score_batch(trees, torch.from_numpy(logits.reshape(-1, VOCAB)))
     # One table for all instead of one each.
     rows = np.concatenate([tree.draft_probs.rows for tree in trees])
-    return replace(batch, draft_probs=torch.from_numpy(Q), draft_rows=rows)
+    return replace(
+        batch, draft_probs=replace(batch.draft_probs, probs=torch.from_numpy(Q), rows=rows)
+    )
 
 
 def statistic(scorer, batch: ScoreBatch) -> float:
@@ -79,7 +82,7 @@ def statistic(scorer, batch: ScoreBatch) -> float:
 
 def make(name: str):
     factory = SCORERS.get(name)
-    config = getattr(factory, "Config", None)
+    config = factory.Config
     return factory(config() if config else None, ENGINE)
 
 
@@ -100,7 +103,7 @@ def test_lossless(name, shape, drawn):
 
 @pytest.mark.parametrize("name", ["threshold", "exact"])
 def test_what_ignores_q_is_lossless_too(name, drawn):
-    batch = replace(drawn["tree"], draft_probs=None, sampled=None)
+    batch = replace(drawn["tree"], draft_probs=None)
     assert abs(statistic(make(name), batch)) < LIMIT
 
 

@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 
 from vllm_specplugin import EMPTY_TREE, DraftTree
-from vllm_specplugin.api import EngineInfo, RequestView
+from vllm_specplugin.api import PolicyBase, ProposerBase
 from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.step.draft_request import DraftRequest
 from vllm_specplugin.step.drafting import Drafter
 from vllm_specplugin.telemetry.counters import SpecMetrics
+from vllm_specplugin.testing import engine_info
+from vllm_specplugin.testing import request as request_view
 from vllm_specplugin.trees.draft_probs import DraftProbs
 
-ENGINE = EngineInfo(vocab_size=100, max_model_len=64, max_num_seqs=8, max_nodes=8)
+ENGINE = engine_info(vocab_size=100, max_model_len=64, max_nodes=8)
 GOOD = DraftTree([1, 2], [-1, -1], [0.3, 0.6])
 
 
-class Policy:
+class Policy(PolicyBase):
     def __init__(self, budgets=None, keep=None):
         self.budgets, self.keep = budgets, keep
         self.seen = None
@@ -41,7 +43,7 @@ class Policy:
         raise RuntimeError("observe")
 
 
-class Proposer:
+class Proposer(ProposerBase):
     """Returns what each request id maps to; exceptions are raised."""
 
     def __init__(self, answers):
@@ -62,18 +64,7 @@ class Proposer:
 
 def request(req_id, limit=8, max_depth=8, chain_only=False):
     return DraftRequest(
-        view=RequestView(
-            req_id=req_id,
-            tokens=np.array([1, 2, 3], dtype=np.int32),
-            num_prompt_tokens=3,
-            max_nodes=limit,
-            max_depth=max_depth,
-            temperature=0.0,
-            top_k=0,
-            top_p=1.0,
-            seed=0,
-            options={},
-        ),
+        view=request_view(req_id, [1, 2, 3], max_nodes=limit, max_depth=max_depth, seed=0),
         chain_only=chain_only,
     )
 

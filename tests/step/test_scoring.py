@@ -95,9 +95,9 @@ def test_every_device_gives_the_same(name):
         pytest.skip("no accelerator")
     _, batch = random_batch(1, requests=6)
     probs = batch.draft_probs
-    moved = replace(
-        batch, logits=batch.logits.cuda(), draft_probs=None if probs is None else probs.cuda()
-    )
+    if probs is not None:
+        probs = replace(probs, probs=probs.probs.cuda())
+    moved = replace(batch, logits=batch.logits.cuda(), draft_probs=probs)
     config = SpecConfig(scorer=name)
     here, there = (build(config, "scorer", ENGINE).score(b) for b in (batch, moved))
     assert (here.tokens == there.tokens).all()

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 
 from vllm_specplugin import DraftTree
-from vllm_specplugin.api import EngineInfo, RequestView, StepOutcome
+from vllm_specplugin.api import ProposerBase
 from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.errors import ConfigError
 from vllm_specplugin.step.draft_request import DraftRequest
 from vllm_specplugin.step.drafting import Drafter
 from vllm_specplugin.step.trace import TraceError, TraceWriter, read_trace
 from vllm_specplugin.telemetry.counters import SpecMetrics
+from vllm_specplugin.testing import engine_info, step_outcome
+from vllm_specplugin.testing import request as request_view
 from vllm_specplugin.tools.replay.replay import load_recording, replay
 from vllm_specplugin.tools.replay.tune import parse_load, parse_policy, replay_command
 
-from ..policies.support import outcome
-
-ENGINE = EngineInfo(vocab_size=500, max_model_len=999, max_num_seqs=8, max_nodes=8)
+ENGINE = engine_info(vocab_size=500, max_model_len=999, max_nodes=8)
 PROMPT = 10
 
 
@@ -30,7 +30,7 @@ def text(request: int, length: int) -> list[int]:
     return [int(x) for x in np.random.default_rng(request).integers(0, 500, length)]
 
 
-class Guesser:
+class Guesser(ProposerBase):
     """Drafts the true text, wrong at every fifth position."""
 
     def propose(self, ctx):
@@ -50,7 +50,7 @@ class Guesser:
 def record(path, policy, options=None, *, requests=3, length=60, limit=5.0, greedy=True):
     """An engine in which a step takes 20 ms and 1 ms per row."""
     made = build(SpecConfig(policy=policy, options={"policy": options or {}}), "policy", ENGINE)
-    drafter = Drafter(Guesser(), made, SpecConfig(), ENGINE, SpecMetrics())
+    drafter = Drafter(Guesser(None, ENGINE), made, SpecConfig(), ENGINE, SpecMetrics())
     drafter.trace = TraceWriter(path, limit, {"policy": policy}, ENGINE)
     at = dict.fromkeys(range(requests), PROMPT)
     trees: dict[int, DraftTree] = {}
@@ -69,12 +69,10 @@ def record(path, policy, options=None, *, requests=3, length=60, limit=5.0, gree
         names, positions, nodes, right = zip(*outcomes)
         rows = len(names) + sum(nodes)
         drafter.observe(
-            StepOutcome(
-                req_ids=names, num_tokens=positions, drafted=nodes, deepest=nodes,
-                accepted=right, foreseen=right, masked=0, prompt_tokens=0,
-                seconds=0.02 + 0.001 * rows, gap_seconds=0.001,
-                draft_requests=drafter.draft_requests, draft_seconds=0.0001,
-                sample_seconds=0.002,
+            step_outcome(
+                nodes, right, 0.02 + 0.001 * rows, req_ids=names, num_tokens=positions,
+                gap_seconds=0.001, draft_requests=drafter.draft_requests,
+                draft_seconds=0.0001, sample_seconds=0.002,
             ),
             emitted,
         )  # fmt: skip
@@ -90,10 +88,9 @@ def record(path, policy, options=None, *, requests=3, length=60, limit=5.0, gree
 
 def request_at(request, position, greedy=True):
     return DraftRequest(
-        view=RequestView(
-            req_id=str(request), tokens=np.zeros(position, dtype=np.int32),
-            num_prompt_tokens=PROMPT, max_nodes=8, max_depth=8,
-            temperature=0.0 if greedy else 1.0, top_k=0, top_p=1.0, seed=0, options={},
+        view=request_view(
+            str(request), [0] * position, num_prompt_tokens=PROMPT, max_nodes=8, max_depth=8,
+            temperature=0.0 if greedy else 1.0, seed=0,
         )
     )  # fmt: skip
 
@@ -245,9 +242,9 @@ def test_a_disk_that_is_full_may_say_so_at_any_time(steps, caplog, monkeypatch):
             flushed(self, *args)
 
     monkeypatch.setattr(gzip.GzipFile, "flush", flush)
-    engine = EngineInfo(vocab_size=9, max_model_len=9, max_num_seqs=1, max_nodes=4)
+    engine = engine_info(vocab_size=9, max_model_len=9, max_num_seqs=1, max_nodes=4)
     writer = TraceWriter(Path("/dev/full"), 1.0, {}, engine)
-    told = outcome([1], [0], 0.01)
+    told = step_outcome([1], [0], 0.01)
     for _ in range(steps):
         writer.step(told, np.array([[1]]), {}, None)
     writer.close()

@@ -10,12 +10,13 @@ import torch
 
 from examples.benchmarks import replay
 from vllm_specplugin import EMPTY_TREE, DraftTree
+from vllm_specplugin.api import Needs, ProposerBase
 
 
-class Knows:
+class Knows(ProposerBase):
     """Drafts the next tokens of texts that count up, with a wrong twin beside."""
 
-    needs_top = 2
+    needs = Needs(top_tokens=2)
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
@@ -23,7 +24,7 @@ class Knows:
         self.released: list[str] = []
         self.hidden: list[float] = []
 
-    def observe_rows(self, tokens, top, emitted):
+    def observe_rows(self, tokens, top, emitted, scope=""):
         assert top.shape == (len(tokens), 2)
         self.rows += zip(tokens.tolist(), top[:, 0].tolist(), emitted.tolist())
 

@@ -84,8 +84,8 @@ def test_a_step_collects_those_of_its_requests():
     given = [None, t.draft_probs, None, t.draft_probs]
     found = batch_probs(given, starts, torch.device("cpu"))
     assert found is not None
-    assert found.draft_probs.shape == (6, 5)
-    assert found.draft_rows.tolist() == [-1, 0, -1, 2, -1, -1, -1, -1, 3, -1, 5, -1, -1]
+    assert found.probs.shape == (6, 5)
+    assert found.rows.tolist() == [-1, 0, -1, 2, -1, -1, -1, -1, 3, -1, 5, -1, -1]
     assert found.sampled.tolist() == [
         *[False] * 2, True, True, True, False, *[False] * 3, True, True, True, False
     ]  # fmt: skip

@@ -108,3 +108,13 @@ def test_paths_merge():
 def test_arrays_cannot_be_written():
     with pytest.raises(ValueError, match="read-only"):
         DraftTree([1], [-1]).tokens[0] = 2
+
+
+def test_a_tree_does_not_share_memory_with_its_arguments():
+    buffer = np.array([1, 2, 3, 4], dtype=np.int32)
+    parents, estimates = np.array([-1, 0], np.int32), np.array([0.5, 0.5], np.float32)
+    tree = DraftTree(buffer[1:3], parents, estimates)
+    buffer[:] = 0  # still the caller's to write
+    parents[:], estimates[:] = 0, 0
+    assert tree.tokens.tolist() == [2, 3]
+    assert tree.parents.tolist() == [-1, 0] and tree.estimates.tolist() == [0.5, 0.5]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_specplugin.api import ScoreBatch
 from vllm_specplugin.scorers.exact import match_walk
+from vllm_specplugin.testing import score_batch
 from vllm_specplugin.trees.step_layout import StepLayout
 from vllm_specplugin.trees.tree import DraftTree
 from vllm_specplugin.vllm.runner.token_history import TokenHistory
@@ -73,15 +73,7 @@ def test_the_walk_is_that_of_exact(seed):
     trees = random_trees(rng, 6, 9)
     device, _, layout = lay_out(trees, 9)
     chosen = rng.integers(0, VOCAB, layout.num_rows)
-    batch = ScoreBatch(
-        logits=torch.zeros(layout.num_rows, VOCAB),
-        starts=layout.starts,
-        tokens=layout.tokens,
-        parents=layout.parents,
-        positions=layout.emit_positions,
-        greedy=np.ones(6, dtype=bool),
-        seeds=np.zeros(6, dtype=np.uint64),
-    )
+    batch = score_batch(trees, torch.zeros(layout.num_rows, VOCAB), greedy=True)
     expected = match_walk(batch, chosen)
     by_place = np.zeros((6, 10), dtype=np.int64)
     for r, tree in enumerate(trees):

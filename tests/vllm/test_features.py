@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vllm_specplugin import DraftTree
-from vllm_specplugin.api import ScoreResult
+from vllm_specplugin.api import Needs, ScoreResult
 from vllm_specplugin.trees.step_layout import StepLayout
 from vllm_specplugin.vllm.runner.target_rows import likeliest, show
 
@@ -22,7 +22,7 @@ def test_rows_are_shown_with_what_they_read_and_emitted() -> None:
     )
     shown: list[list[Any]] = []
     drafter: Any = SimpleNamespace(
-        needs_top=0,
+        needs=Needs(),
         observe_rows=lambda *rows, scope="": shown.append([*(r.tolist() for r in rows), scope]),
     )
     roots, sampled = np.array([2, 4, 9], dtype=np.int32), np.array([True, False, True])

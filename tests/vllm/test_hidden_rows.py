@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vllm_specplugin import UnsupportedError
+from vllm_specplugin.api import Needs
 from vllm_specplugin.vllm.runner.target_rows import one_rank_only, target_rows
 
 
@@ -29,8 +30,8 @@ def test_rows_are_those_that_the_last_tokens_came_from() -> None:
 
 
 def test_the_lm_head_is_one_ranks() -> None:
-    alone = SimpleNamespace(needs_lm_head=False)
-    tied = SimpleNamespace(needs_lm_head=True)
+    alone = SimpleNamespace(needs=Needs())
+    tied = SimpleNamespace(needs=Needs(lm_head=True))
     one_rank_only(alone, 2)
     one_rank_only(tied, 1)
     one_rank_only(object(), 2)

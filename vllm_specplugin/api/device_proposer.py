@@ -52,8 +52,9 @@ class DeviceProposer(Protocol):
     keeps serves all requests.
     """
 
-    needs_top: int
-    """As in :class:`~vllm_specplugin.api.RowObserver`."""
+    top_tokens: int
+    """As :attr:`Needs.top_tokens`: how many of the target's likeliest tokens per row
+    :meth:`observe_rows` is shown; 0 for not calling it."""
 
     def propose(self, ctx: DeviceContext) -> tuple[torch.Tensor, torch.Tensor]:
         """Called once per step, for all its requests.
@@ -66,7 +67,7 @@ class DeviceProposer(Protocol):
         ...
 
     def observe_rows(self, tokens: torch.Tensor, top: torch.Tensor, emitted: torch.Tensor) -> None:
-        """As in :class:`~vllm_specplugin.api.RowObserver`, with tensors."""
+        """As :meth:`ProposerBase.observe_rows`, with tensors."""
         ...
 
 

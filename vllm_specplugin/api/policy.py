@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BudgetContext", "LengthPolicy", "StepOutcome", "TrimContext"]
+from vllm_specplugin.api.algorithm import AlgorithmBase
+
+if TYPE_CHECKING:
+    from vllm_specplugin.step.cost_model import StepTimeModel
+
+__all__ = ["BudgetContext", "LengthPolicy", "PolicyBase", "StepOutcome", "TrimContext"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,30 +99,74 @@ class StepOutcome:
 
 @runtime_checkable
 class LengthPolicy(Protocol):
-    """Decides how many nodes each request has verified.
+    """Decides how many nodes of each request's draft are verified: the smallest
+    interface. Inherit :class:`PolicyBase`, which has it and the optional members.
 
-    Decisions must not depend on the value of a *sampled* draft token they
-    drop, see :attr:`TrimContext.sampled`. Deterministic proposers, which all
-    built-in ones are given the keyed noise, may be trimmed freely.
-
-    A policy may also have a method ``snapshot() -> dict`` of plain data for the
-    statistics, ``release(req_ids)``, called as a proposer's, and properties
-    ``rate`` and ``node_price``, see :class:`ProposeContext`.
+    Whether a *sampled* draft token is kept must not depend on its own value, see
+    :attr:`TrimContext.sampled`. Deterministic drafts may be trimmed freely.
     """
 
     def budget(self, ctx: BudgetContext) -> Sequence[int]:
-        """Called before drafting: most nodes per request. The proposer is not
-        called for a request that gets 0."""
+        """Called before drafting.
+
+        Returns:
+            Most nodes for each request, from 0 to its entry in ``ctx.limits``. The
+            proposer is not called for a request that gets 0.
+        """
         ...
 
     def trim(self, ctx: TrimContext) -> npt.NDArray[np.bool_]:
-        """Called after drafting: which nodes to verify.
+        """Called after drafting, with at least one node.
 
         Returns:
-            ``[nodes]`` mask; the parent of a kept node must be kept.
+            ``[nodes]`` mask of the nodes to verify. The parent of a kept node must be
+            kept.
         """
         ...
 
     def observe(self, outcome: StepOutcome) -> None:
-        """Called after each step that emitted anything."""
+        """Called after each step that emitted a token."""
         ...
+
+
+class PolicyBase(AlgorithmBase):
+    """Base class of policies."""
+
+    rate: float = 0.0
+    """Tokens per second that the engine emits now; 0 if unknown. Proposers see it as
+    :attr:`ProposeContext.rate`."""
+    node_price: float = 0.0
+    """Tokens that the engine could emit in the time it takes to verify one more node;
+    0 if unknown. Proposers see it as :attr:`ProposeContext.node_price`."""
+
+    @classmethod
+    def steady_nodes(cls, config: Any, max_nodes: int) -> int | None:
+        """How many nodes every request gets in every step.
+
+        Only a policy that never decides step by step can answer. Asynchronous
+        scheduling needs the answer, since the host then does not know the drafts.
+
+        Args:
+            config: the parsed options.
+            max_nodes: the operator's limit per request and step.
+
+        Returns:
+            ``None`` if the number varies.
+        """
+        del config, max_nodes
+        return None
+
+    def start_warm(self, times: StepTimeModel) -> None:
+        """Called by ``specplugin replay`` before the first step, with step times as a
+        restarted engine would have loaded them from disk."""
+
+    @abstractmethod
+    def budget(self, ctx: BudgetContext) -> Sequence[int]:
+        """See :meth:`LengthPolicy.budget`."""
+
+    @abstractmethod
+    def trim(self, ctx: TrimContext) -> npt.NDArray[np.bool_]:
+        """See :meth:`LengthPolicy.trim`."""
+
+    def observe(self, outcome: StepOutcome) -> None:
+        """See :meth:`LengthPolicy.observe`. Does nothing unless overridden."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from vllm_specplugin.api.algorithm import AlgorithmBase
+from vllm_specplugin.trees.draft_probs import BatchProbs
+
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ScoreBatch", "ScoreResult", "Scorer"]
+__all__ = ["ScoreBatch", "ScoreResult", "Scorer", "ScorerBase"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,17 +50,8 @@ class ScoreBatch:
     operator's everywhere."""
     history: Callable[[int], npt.NDArray[np.int32]] | None = None
     """Known tokens of a request, prompt and output, by its index."""
-    draft_probs: torch.Tensor | None = None
-    """``[k, vocab]`` float32: the distributions q that children were drawn from.
-    ``None`` if all nodes were chosen without chance."""
-    draft_rows: npt.NDArray[np.int32] | None = None
-    """``[rows]`` which of them a row's children were drawn from, or -1."""
-    sampled: npt.NDArray[np.bool_] | None = None
-    """``[rows]`` whether a node was drawn from its parent's q. Others count as
-    drawn from a distribution that is one at their token."""
-    replacement: npt.NDArray[np.bool_] | None = None
-    """``[requests]`` whether siblings were drawn independently of each other;
-    else each from what the earlier ones had left of q."""
+    draft_probs: BatchProbs | None = None
+    """The distributions q that nodes were drawn from. ``None`` if no node was drawn."""
     choose: Callable[[], torch.Tensor] | None = None
     """Makes ``[rows]`` tokens that the engine's own sampler draws, if it has keyed
     noise of its own: what ``exact`` emits."""
@@ -82,13 +77,27 @@ class ScoreResult:
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Decides which drafted tokens are kept and which token follows them.
-
-    A scorer that remembers requests also has ``release(req_ids)``, called when
-    they finish, as a proposer has. A class says ``lossless = True`` if requests
-    may choose it without the operator's leave.
-    """
+    """Decides which drafted tokens are kept and which token follows them: the smallest
+    interface. Inherit :class:`ScorerBase`, which has it and the optional members."""
 
     def score(self, batch: ScoreBatch) -> ScoreResult:
-        """Called once per step with all requests, drafting or not."""
+        """Called once per step with all requests, drafting or not.
+
+        The arrays of ``batch`` belong to the engine and must not be written to.
+        """
         ...
+
+
+class ScorerBase(AlgorithmBase):
+    """Base class of scorers."""
+
+    lossless: ClassVar[bool] = False
+    """Whether the emitted text has the target's distribution, whatever is drafted.
+    Requests may choose a lossless scorer without the operator's permission."""
+    emits_draws: ClassVar[bool] = False
+    """Whether the emitted tokens are those that the engine's own sampler draws at the
+    visited rows, and nothing else. Asynchronous scheduling needs such a scorer."""
+
+    @abstractmethod
+    def score(self, batch: ScoreBatch) -> ScoreResult:
+        """See :meth:`Scorer.score`."""

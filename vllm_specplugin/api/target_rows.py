@@ -1,47 +1,15 @@
-"""What a proposer may see of the target's rows, if it asks for it.
-
-An engine fills these in after a step; nothing here knows which engine.
-"""
+"""The target's hidden states, for a proposer with ``Needs(hidden=True)``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["HiddenReader", "RowObserver", "TargetRows"]
-
-
-class RowObserver(Protocol):
-    """A proposer that learns from the target's rows also has this."""
-
-    needs_top: int
-    """Tokens per row it wants to see; 0 for none. With an attribute ``knows_scopes``
-    that is true it is called once for each scope among the requests of a step, with
-    its name as a keyword ``scope``; else rows of requests with a scope are withheld
-    from it. Rows of requests that share with nobody are shown to nobody."""
-
-    def observe_rows(
-        self,
-        tokens: npt.NDArray[np.int32],
-        top: npt.NDArray[np.int32],
-        emitted: npt.NDArray[np.int32],
-    ) -> None:
-        """Called after each step, before drafting, with all its rows.
-
-        Args:
-            tokens: ``[rows]`` the token each row read, -1 for padding.
-            top: ``[rows, needs_top]`` tokens of the target's largest logits
-                before the request's processing, the largest first; -1 for none.
-            emitted: ``[rows]`` the token emitted from the row, -1 for none.
-        """
-        ...
+__all__ = ["TargetRows"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +29,3 @@ class TargetRows:
     def take(self, indices: Sequence[int]) -> TargetRows:
         """The same for some of the requests."""
         return TargetRows(hidden=self.hidden[list(indices)], lm_head=self.lm_head)
-
-
-class HiddenReader(Protocol):
-    """A proposer that reads the target's last hidden state also has these; its
-    context's ``target`` is not ``None``."""
-
-    needs_hidden: bool
-    needs_lm_head: bool
-    """Whether it calls ``lm_head``; such a proposer drafts on one rank only."""

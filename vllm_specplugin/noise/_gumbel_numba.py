@@ -1,8 +1,7 @@
 """The noise of :mod:`.gumbel` and :mod:`.murmur`, compiled.
 
-Importing this module imports numba, so do it late. The functions see each other as
-globals: closed over, they would be part of the key of numba's cache and new in every
-process.
+The functions see each other as globals: closed over, they would be part of the key of
+numba's cache and new in every process.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -15,7 +14,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from vllm_specplugin.noise import gumbel as noise
+from vllm_specplugin.noise import constants
 from vllm_specplugin.utils.jit import jit
 
 __all__ = ["gumbel", "uniform_rows"]
@@ -23,14 +22,15 @@ __all__ = ["gumbel", "uniform_rows"]
 _jit: Any = jit  # of functions without types
 _inline: Any = numba.njit(cache=True, nogil=True, inline="always")
 
-_LOW = np.uint64(noise.LOW)
+_LOW = np.uint64(constants.LOW)
 _N13, _N15, _N16, _N17, _N19, _N32 = (np.uint64(n) for n in (13, 15, 16, 17, 19, 32))
-_PHILOX_0, _PHILOX_1 = map(np.uint64, noise.MULTIPLIERS)
-_WEYL_0, _WEYL_1 = map(np.uint64, noise.WEYL)
+_PHILOX_0, _PHILOX_1 = map(np.uint64, constants.MULTIPLIERS)
+_WEYL_0, _WEYL_1 = map(np.uint64, constants.WEYL)
 _MURMUR_1, _MURMUR_2 = np.uint64(0xCC9E2D51), np.uint64(0x1B873593)
 _MURMUR_3, _MURMUR_4 = np.uint64(0x85EBCA6B), np.uint64(0xC2B2AE35)
 _FIVE, _ADD = np.uint64(5), np.uint64(0xE6546B64)
-_ROUNDS, _MURMUR, _ONE_BELOW_ONE = noise.ROUNDS, noise.MURMUR, noise.ONE_BELOW_ONE
+_ROUNDS, _ONE_BELOW_ONE = constants.ROUNDS, constants.ONE_BELOW_ONE
+_MURMUR = int(constants.NoiseKind.MURMUR)
 _HALF, _SCALE = np.float32(0.5), np.float32(2**-32)
 
 
@@ -75,13 +75,14 @@ def _murmur_hash(seed, position, token):
 
 @_jit
 def gumbel(seed, position, token, kind):
-    """Noise of one token, float64.
+    """Noise of one token, float64: the same random words as :func:`.gumbel.gumbel`, and
+    the same values up to float32's rounding of the logarithms.
 
     Args:
         seed: uint64.
         position: of the token.
         token: the token.
-        kind: PHILOX or MURMUR of :mod:`.gumbel`.
+        kind: the value of a :class:`.constants.NoiseKind`.
     """
     if kind == _MURMUR:
         u = (np.float64(_murmur_hash(seed, position, token)) + 0.5) * 2.0**-32

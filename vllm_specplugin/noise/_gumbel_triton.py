@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_specplugin.noise.gumbel import ONE_BELOW_ONE, ROUNDS
+from vllm_specplugin.noise.constants import ONE_BELOW_ONE, ROUNDS
 
 __all__ = ["uniform_kernel", "uniform_rows"]
 

@@ -31,7 +31,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.noise import murmur
+from vllm_specplugin.noise import _gumbel_numba, murmur
+from vllm_specplugin.noise.constants import (
+    LOW,
+    MULTIPLIERS,
+    ONE_BELOW_ONE,
+    ROUNDS,
+    WEYL,
+    NoiseKind,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -40,29 +48,16 @@ __all__ = [
     "CHOOSE",
     "FLIP",
     "LAST",
-    "MURMUR",
-    "PHILOX",
     "gumbel",
     "gumbel_rows",
     "philox4x32",
     "request_seed",
-    "scalar_gumbel",
     "uniforms",
 ]
 
 FLIP, CHOOSE, LAST = 1, 2, 3
 """Purposes of :func:`uniforms`: to accept a node, to choose among the children
 of a row, to draw the token after the accepted path."""
-
-PHILOX, MURMUR = 0, 1
-"""Which noise an engine has (``EngineInfo.noise``): that of this module, or that of
-vLLM's second model runner, see :mod:`.murmur`."""
-
-MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-WEYL = (0x9E3779B9, 0xBB67AE85)
-ROUNDS = 10
-LOW = 0xFFFFFFFF
-ONE_BELOW_ONE = np.float32(1 - 2**-24)
 
 
 def philox4x32(counter: npt.NDArray[np.uint64], key: tuple[Any, Any]) -> npt.NDArray[np.uint64]:
@@ -93,7 +88,10 @@ def philox4x32(counter: npt.NDArray[np.uint64], key: tuple[Any, Any]) -> npt.NDA
 
 
 def gumbel(
-    seed: int, position: int, tokens: npt.NDArray[np.integer], kind: int = PHILOX
+    seed: int,
+    position: int,
+    tokens: npt.NDArray[np.integer],
+    kind: NoiseKind = NoiseKind.PHILOX,
 ) -> npt.NDArray[np.float32]:
     """Noise of a few tokens at one position.
 
@@ -101,7 +99,7 @@ def gumbel(
         seed: key of the request, any 64-bit integer.
         position: index in the sequence of the token being chosen.
         tokens: ``[n]`` token ids.
-        kind: the engine's, :data:`PHILOX` or :data:`MURMUR`.
+        kind: the engine's.
 
     Returns:
         ``[n]`` standard Gumbel values.
@@ -109,7 +107,7 @@ def gumbel(
     >>> [round(float(g), 3) for g in gumbel(1, 5, np.array([3, 9, 3]))]
     [-0.082, 0.626, -0.082]
     """
-    if kind == MURMUR:
+    if kind == NoiseKind.MURMUR:
         return murmur.gumbel(seed, position, tokens)
     tokens = np.asarray(tokens, dtype=np.uint64)
     counter = np.empty((4, len(tokens)), dtype=np.uint64)
@@ -128,7 +126,7 @@ def gumbel_rows(
     positions: npt.NDArray[np.int64],
     vocab_size: int,
     device: torch.device,
-    kind: int = PHILOX,
+    kind: NoiseKind = NoiseKind.PHILOX,
 ) -> torch.Tensor:
     """Noise of the whole vocabulary for several (seed, position) pairs.
 
@@ -137,24 +135,20 @@ def gumbel_rows(
         positions: ``[n]`` positions.
         vocab_size: number of tokens.
         device: where the result lives.
-        kind: the engine's, :data:`PHILOX` or :data:`MURMUR`.
+        kind: the engine's.
 
     Returns:
         ``[n, vocab_size]`` float32 standard Gumbel values.
     """
     import torch
 
-    if kind == MURMUR:
+    if kind == NoiseKind.MURMUR:
         keys, places = (
             torch.from_numpy(x.astype(np.int64)).to(device)[:, None] for x in (seeds, positions)
         )
         return murmur.gumbel_tensor(keys, places, torch.arange(vocab_size, device=device))
     if device.type == "cpu":
         u = np.empty((len(seeds), vocab_size), dtype=np.float32)
-        from vllm_specplugin.noise import (
-            _gumbel_numba,  # imports numba: half a second
-        )
-
         _gumbel_numba.uniform_rows(seeds, positions.astype(np.uint64), u)
         uniform = torch.from_numpy(u)
     elif device.type == "cuda" and find_spec("triton") is not None:
@@ -243,14 +237,3 @@ def _tensor_uniform(
     bits = torch.stack([c.expand(shape) for c in (c0, c1, c2, c3)], -1)
     u = (bits.flatten(1)[:, :vocab_size].float() + 0.5) * 2**-32
     return u.clamp_(max=float(ONE_BELOW_ONE))
-
-
-def scalar_gumbel() -> Any:
-    """Compiled ``(uint64 seed, int position, int token, int kind) -> float64``
-    noise, for proposers' compiled loops. Same random words as :func:`gumbel`, and
-    the same values up to float32's rounding of the logarithms."""
-    from vllm_specplugin.noise import (
-        _gumbel_numba,  # imports numba: half a second
-    )
-
-    return _gumbel_numba.gumbel

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api import BudgetContext, EngineInfo, StepOutcome, TrimContext
+from vllm_specplugin.api import BudgetContext, EngineInfo, PolicyBase, StepOutcome, TrimContext
 from vllm_specplugin.config import option
 
 __all__ = ["AimdPolicy"]
 
 
-class AimdPolicy:
+class AimdPolicy(PolicyBase):
     """Each request has a depth of its own, moved by what was accepted."""
 
     @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api import BudgetContext, EngineInfo, StepOutcome, TrimContext
+from vllm_specplugin.api import BudgetContext, EngineInfo, PolicyBase, StepOutcome, TrimContext
 from vllm_specplugin.config import option
 from vllm_specplugin.policies._selection import likeliest_per_tree
 
@@ -33,7 +33,7 @@ class _Bandit:
     best: float = 0.0
 
 
-class BanditPolicy:
+class BanditPolicy(PolicyBase):
     """The same number of nodes for every request, learnt by trying."""
 
     @dataclass(frozen=True, kw_only=True)

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api import BudgetContext, EngineInfo, StepOutcome, TrimContext
+from vllm_specplugin.api import BudgetContext, EngineInfo, PolicyBase, TrimContext
 from vllm_specplugin.errors import ConfigError, complain
 
 __all__ = ["BatchSizePolicy"]
 
 
-class BatchSizePolicy:
+class BatchSizePolicy(PolicyBase):
     """Keeps nodes down to the depth that the table gives for the batch."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,3 @@ class BatchSizePolicy:
 
     def trim(self, ctx: TrimContext) -> npt.NDArray[np.bool_]:
         return ctx.depths <= self._allowed(len(ctx.req_ids))
-
-    def observe(self, outcome: StepOutcome) -> None:
-        """Nothing to learn."""

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api import BudgetContext, EngineInfo, StepOutcome, TrimContext
+from vllm_specplugin.api import BudgetContext, EngineInfo, PolicyBase, StepOutcome, TrimContext
 from vllm_specplugin.config import option
 
 __all__ = ["ConfidencePolicy"]
@@ -36,7 +36,7 @@ _DEFAULTS = {"survival": (0.3, 0.0), "token": (0.4, 0.0), "adaedl": (0.3, 0.2), 
 """Threshold and weight of each rule."""
 
 
-class ConfidencePolicy:
+class ConfidencePolicy(PolicyBase):
     """Keeps a node while its branch passes the rule."""
 
     @dataclass(frozen=True, kw_only=True)

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api import BudgetContext, EngineInfo, StepOutcome, TrimContext
+from vllm_specplugin.api import BudgetContext, EngineInfo, PolicyBase, TrimContext
 from vllm_specplugin.config import option
 from vllm_specplugin.policies._selection import likeliest
 
 __all__ = ["FixedPolicy"]
 
 
-class FixedPolicy:
+class FixedPolicy(PolicyBase):
     """Each request may verify ``min(nodes, limit)`` nodes.
 
     ``step_nodes`` bounds the sum over the batch as well: the nodes most likely
@@ -45,6 +45,3 @@ class FixedPolicy:
 
     def trim(self, ctx: TrimContext) -> npt.NDArray[np.bool_]:
         return likeliest(ctx.survival, self._step_nodes or len(ctx.survival))
-
-    def observe(self, outcome: StepOutcome) -> None:
-        """Nothing to learn."""

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api import BudgetContext, EngineInfo, StepOutcome, TrimContext
+from vllm_specplugin.api import BudgetContext, EngineInfo, PolicyBase, StepOutcome, TrimContext
 from vllm_specplugin.config import option
 from vllm_specplugin.policies._backoff import Backoff
 from vllm_specplugin.policies._selection import best_nodes, causal_nodes, likeliest_per_tree
@@ -55,7 +55,7 @@ _AHEAD = 4
 """Nodes over which the price of one more is averaged: step times have knees."""
 
 
-class GoodputPolicy:
+class GoodputPolicy(PolicyBase):
     """Chooses the nodes of each step by expected tokens per second."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,8 @@ class GoodputPolicy:
         self._plain_steps = self._since_plain = 0
         """Steps without drafts, and steps with drafts since the last of those."""
         self._next_plain = _LEAST_ANCHOR
-        self._rate = self._pace = self._node_price = 0.0
+        self._rate = 0.0
+        """Tokens per second expected of the last step; :attr:`rate` is its average."""
         self._steady = 0
         """Requests drafted for before the last step, if it had no prompts."""
         self._nodes = self._steps = self._drafting = 0
@@ -98,16 +99,6 @@ class GoodputPolicy:
     def start_warm(self, times: StepTimeModel) -> None:
         """Starts from measured step times, as a restart would."""
         self._times.restore(times.state())
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second expected of recent steps; 0 before any."""
-        return self._pace
-
-    @property
-    def node_price(self) -> float:
-        """Tokens emitted, at that rate, in the time one more node takes."""
-        return self._node_price
 
     # ------------------------------------------------------------ deciding
 
@@ -186,10 +177,10 @@ class GoodputPolicy:
         ahead = min(kept + _AHEAD, len(seconds) - 1)
         per_node = (float(seconds[ahead]) - took) / max(1, ahead - kept)
         # Proposers grow by these: an average, or deep and shallow trees alternate.
-        share = _STEADY if self._pace else 1.0
-        self._pace += share * (self._rate - self._pace)
+        share = _STEADY if self.rate else 1.0
+        self.rate += share * (self._rate - self.rate)
         price_now = self._rate * max(0.0, per_node)
-        self._node_price += share * (price_now - self._node_price)
+        self.node_price += share * (price_now - self.node_price)
         # What a token is worth: the time it would take without drafts.
         worth, extra = plain / requests, (took - plain) / max(kept, 1)
         gain = ctx.survival * worth - price - extra

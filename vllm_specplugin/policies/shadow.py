@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api import BudgetContext, EngineInfo, StepOutcome, TrimContext
+from vllm_specplugin.api import BudgetContext, EngineInfo, PolicyBase, TrimContext
 from vllm_specplugin.config import option
 from vllm_specplugin.policies._selection import likeliest
 
 __all__ = ["ShadowPolicy"]
 
 
-class ShadowPolicy:
+class ShadowPolicy(PolicyBase):
     """Asks for all drafts and keeps none of them, or any number."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,3 @@ class ShadowPolicy:
         # Even on a logarithmic scale: small steps are the usual ones.
         wanted = int((nodes + 1) ** self._random.random()) - 1 if self._sweep else 0
         return likeliest(ctx.survival, wanted)
-
-    def observe(self, outcome: StepOutcome) -> None:
-        """Nothing to learn."""

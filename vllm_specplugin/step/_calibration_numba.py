@@ -1,7 +1,4 @@
-"""The arithmetic of :mod:`.calibration`, compiled: it runs in every step.
-
-Importing this module imports numba, so do it late.
-"""
+"""The arithmetic of :mod:`.calibration`, compiled: it runs in every step."""
 
 from __future__ import annotations
 

@@ -15,11 +15,12 @@ under a prior worth a few observations.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from vllm_specplugin.step._calibration_numba import learn
 
 __all__ = ["Calibration"]
 
@@ -49,11 +50,11 @@ class Calibration:
     """
 
     def __init__(self, memory: float = 400.0, request_memory: float = 30.0) -> None:
+        _warm_up()
         self._keep = 1.0 - 1.0 / memory
         self._request_keep = 1.0 - 1.0 / request_memory
         self._sums = np.zeros((3, *_SHAPE))
         self._shift = np.zeros(_SHAPE)
-        self._learn = _learn()
         self._requests: dict[str, tuple[float, float]] = {}
         self._error = self._raw_error = 0.0
         self._observed = 0
@@ -106,7 +107,7 @@ class Calibration:
         claimed = np.clip(estimates, _LEAST, _MOST)
         cells = _cells(claimed, depths, sampled)
         general = np.empty(len(claimed))
-        self._learn(
+        learn(
             claimed, cells, hits, self._sums, self._shift, general, self._keep,
             _PRIORS, _MOST, _CLOSEST,
         )  # fmt: skip
@@ -156,12 +157,8 @@ def _cells(claimed: Floats, depths: Ints, sampled: Bools) -> Ints:
     return np.asarray((sampled * _SHAPE[1] + levels) * _SHAPE[2] + places)
 
 
-@lru_cache(maxsize=1)
-def _learn() -> Any:
-    """Compiled at the first use here, rather than in the middle of serving."""
-    from vllm_specplugin.step._calibration_numba import learn
-
+def _warm_up() -> None:
+    """Compiles the arithmetic, or loads it from disk: now and not in a step."""
     none, sums, shifts = np.zeros(0), np.zeros((3, 1, 1, 1)), np.zeros((1, 1, 1))
     cells, hits = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_)
     learn(none, cells, hits, sums, shifts, none, 1.0, _PRIORS, _MOST, _CLOSEST)
-    return learn

@@ -17,11 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_specplugin.api import (
+    AlgorithmBase,
     BudgetContext,
     EngineInfo,
-    LengthPolicy,
+    Needs,
+    PolicyBase,
     ProposeContext,
-    Proposer,
+    ProposerBase,
     RequestView,
     StepOutcome,
     TrimContext,
@@ -32,7 +34,7 @@ from vllm_specplugin.step.calibration import Calibration
 from vllm_specplugin.step.draft_request import DraftInputs, DraftRequest
 from vllm_specplugin.step.trace import TraceWriter
 from vllm_specplugin.telemetry.counters import SpecMetrics
-from vllm_specplugin.trees.batch import Drafted, Forest, compiled
+from vllm_specplugin.trees.batch import Drafted, Forest, warm_up
 from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
 __all__ = ["Drafter"]
@@ -56,8 +58,8 @@ class Drafter:
 
     def __init__(
         self,
-        proposer: Proposer,
-        policy: LengthPolicy,
+        proposer: ProposerBase,
+        policy: PolicyBase,
         config: SpecConfig,
         engine: EngineInfo,
         metrics: SpecMetrics,
@@ -76,7 +78,7 @@ class Drafter:
         self._logged: set[str] = set()
         self._last: Drafted | None = None
         self.calibration = Calibration()
-        compiled()
+        warm_up()
         self.trace: TraceWriter | None = None
         self._sampled: dict[str, bool] = {}
         self.enabled = True
@@ -127,32 +129,33 @@ class Drafter:
     def release(self, req_ids: Sequence[str]) -> None:
         """Tells proposer and policy that requests are gone."""
         self.calibration.release(req_ids)
-        for kind, part in (
-            ("proposer_error", self._proposer), ("policy_error", self._policy)
-        ):  # fmt: skip
+        parts: dict[str, AlgorithmBase] = {
+            "proposer_error": self._proposer,
+            "policy_error": self._policy,
+        }
+        for kind, part in parts.items():
             try:
-                if (release := getattr(part, "release", None)) is not None:
-                    release(req_ids)
+                part.release(req_ids)
             except Exception as error:
                 self._failed(kind, error)
 
     @property
-    def needs_top(self) -> int:
-        """Likeliest tokens per row of the target that the proposer asks for."""
-        return int(getattr(self._proposer, "needs_top", 0)) if self.enabled else 0
+    def needs(self) -> Needs:
+        """What the proposer asks of the engine: nothing once it is switched off."""
+        return self._proposer.needs if self.enabled else Needs()
 
-    @property
-    def needs_hidden(self) -> bool:
-        """Whether the proposer reads the target's hidden states."""
-        return self.enabled and bool(getattr(self._proposer, "needs_hidden", False))
-
-    def observe_rows(self, *rows: npt.NDArray[np.int32], scope: str = "") -> None:
-        """See :class:`~vllm_specplugin.api.RowObserver`."""
-        named = {"scope": scope} if scope else {}
-        if named and not getattr(self._proposer, "knows_scopes", False):
+    def observe_rows(
+        self,
+        tokens: npt.NDArray[np.int32],
+        top: npt.NDArray[np.int32],
+        emitted: npt.NDArray[np.int32],
+        scope: str = "",
+    ) -> None:
+        """See :meth:`~vllm_specplugin.api.ProposerBase.observe_rows`."""
+        if scope and not self._proposer.separates_scopes:
             return
         try:
-            self._proposer.observe_rows(*rows, **named)  # type: ignore[attr-defined]
+            self._proposer.observe_rows(tokens, top, emitted, scope=scope)
         except Exception as error:
             self._failed("proposer_error", error)
 
@@ -180,9 +183,10 @@ class Drafter:
     def snapshot(self) -> dict[str, Any]:
         """Plain data: how good estimates are, and what policy and proposer tell."""
         told: dict[str, Any] = {"estimates": self.calibration.snapshot()}
-        for key, part in (("policy", self._policy), ("drafting", self._proposer)):
+        parts: dict[str, AlgorithmBase] = {"policy": self._policy, "drafting": self._proposer}
+        for key, part in parts.items():
             try:
-                told[key] = dict(getattr(part, "snapshot", dict)())
+                told[key] = dict(part.snapshot())
             except Exception as error:
                 kind = "policy_error" if key == "policy" else "proposer_error"
                 self._failed(kind, error)
@@ -274,8 +278,8 @@ class Drafter:
     def _context(self, views: list[RequestView], inputs: DraftInputs) -> ProposeContext:
         return inputs.context(
             views,
-            rate=float(getattr(self._policy, "rate", 0.0)),
-            node_price=float(getattr(self._policy, "node_price", 0.0)),
+            rate=float(self._policy.rate),
+            node_price=float(self._policy.node_price),
         )
 
     def _propose_alone(self, view: RequestView, inputs: DraftInputs) -> DraftTree | None:

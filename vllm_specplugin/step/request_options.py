@@ -5,10 +5,9 @@ HTTP), in keys that begin with ``spec_``; other keys are none of our business::
 
     {"spec_scorer": "typical", "spec_epsilon": 0.2, "spec_max_nodes": 8}
 
-``spec_<name>`` is the option ``name`` of the chosen scorer's ``Config``. A
-proposer, policy or scorer class that reads further keys of its own lists them,
-without the prefix, in a class attribute ``request_options``; they are let through
-unchecked.
+``spec_<name>`` is the option ``name`` of the chosen scorer's ``Config``. Further keys
+are those that the proposer, policy or scorer lists in
+:attr:`~vllm_specplugin.api.AlgorithmBase.request_options`; they are passed on unchecked.
 
 ``spec_cache_scope`` names with whom a request shares what proposers remember of
 texts; see :func:`cache_scope`.
@@ -24,7 +23,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from vllm_specplugin.config import ROLES, SpecConfig, check_option, parse_options
+from vllm_specplugin.api import COMMON_SCOPE, PRIVATE_SCOPE, Scope, ScorerBase
+from vllm_specplugin.config import ROLES, SpecConfig, check_option, parse_options, resolve
 from vllm_specplugin.errors import ConfigError, complain, shown
 from vllm_specplugin.registry import SCORERS
 from vllm_specplugin.trees.tree import MAX_NODES
@@ -47,7 +47,7 @@ class RequestOptions:
     """Most nodes to draft in one step; ``None`` for the operator's limit."""
     min_nodes: int = 0
     """Nodes to draft, where there are as many, whatever a policy thinks."""
-    scope: str | None = ""
+    scope: Scope = COMMON_SCOPE
     """See :attr:`~vllm_specplugin.api.RequestView.scope`."""
 
 
@@ -60,10 +60,10 @@ class RequestParser:
 
     def __init__(self, config: SpecConfig) -> None:
         self._config = config
-        factories = [ROLES[role].get(getattr(config, role)) for role in ROLES]
-        self._others = {name for one in factories for name in getattr(one, "request_options", ())}
-        self._factories: dict[str, Any] = {}
-        self._common = None if config.cache_scope == "request" else ""
+        factories = [resolve(config, role)[0] for role in ROLES]
+        self._others = {name for one in factories for name in one.request_options}
+        self._factories: dict[str, type[ScorerBase]] = {}
+        self._common = PRIVATE_SCOPE if config.cache_scope == "request" else COMMON_SCOPE
         self.default = RequestOptions(
             config.scorer, self._settings(config.scorer, {}), scope=self._common
         )
@@ -75,9 +75,7 @@ class RequestParser:
         ``request_scorers``, else the lossless ones; and always the default."""
         names = self._config.request_scorers
         if names is None:
-            names = [
-                name for name in SCORERS.names() if getattr(self._factory(name), "lossless", False)
-            ]
+            names = [name for name in SCORERS.names() if self._factory(name).lossless]
         return sorted({self._config.scorer, *names})
 
     def parse(self, values: Mapping[str, Any] | None) -> RequestOptions:
@@ -109,9 +107,9 @@ class RequestParser:
             )
         most = _nodes("max_nodes", given.pop("max_nodes", None))
         least = _nodes("min_nodes", given.pop("min_nodes", None)) or 0
-        scope: str | None = _scope(given.pop("cache_scope", ""))
-        if self._common is None:
-            scope = None
+        scope: Scope = _scope(given.pop("cache_scope", COMMON_SCOPE))
+        if self._common is PRIVATE_SCOPE:
+            scope = PRIVATE_SCOPE
         if most is not None and least > most:
             raise ConfigError(
                 complain(
@@ -123,16 +121,16 @@ class RequestParser:
         settings = self._settings(scorer, given)
         return RequestOptions(scorer, settings, most, least, scope)
 
-    def _factory(self, name: str) -> Any:
+    def _factory(self, name: str) -> type[ScorerBase]:
         if name not in self._factories:
             self._factories[name] = SCORERS.get(name)
         return self._factories[name]
 
     def _settings(self, scorer: str, given: Mapping[str, Any]) -> Any:
         factory = self._factory(scorer)
-        options = getattr(factory, "Config", None)
+        options = factory.Config
         names = {f.name for f in dataclasses.fields(options)} if options else set()
-        others = self._others | set(getattr(factory, "request_options", ()))
+        others = self._others | set(factory.request_options)
         if unknown := sorted(set(given) - names - others):
             first = ["scorer", "max_nodes", "min_nodes", "cache_scope"]
             known = [*first, *sorted(names | others)]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api import EngineInfo, ScoreBatch, Scorer, ScoreResult
+from vllm_specplugin.api import EngineInfo, Scope, ScoreBatch, ScorerBase, ScoreResult
 from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.errors import ConfigError
 from vllm_specplugin.step.request_options import RequestOptions, RequestParser
@@ -37,7 +37,7 @@ class RequestScorer:
     def __init__(self, config: SpecConfig, engine: EngineInfo) -> None:
         self._config = config
         self._engine = engine
-        self._scorers: dict[str, Scorer] = {config.scorer: build(config, "scorer", engine)}
+        self._scorers: dict[str, ScorerBase] = {config.scorer: build(config, "scorer", engine)}
         self._parser = RequestParser(config)
         self._choices: dict[str, RequestOptions] = {}
 
@@ -57,7 +57,7 @@ class RequestScorer:
         """What an admitted request chose."""
         return self._choices.get(req_id, self._parser.default)
 
-    def scopes(self, req_ids: Sequence[str]) -> list[str | None] | None:
+    def scopes(self, req_ids: Sequence[str]) -> list[Scope] | None:
         """With whom requests share what is learnt; ``None`` if all with all."""
         if not self._choices and self._parser.default.scope == "":
             return None
@@ -69,8 +69,7 @@ class RequestScorer:
         for req_id in req_ids:
             self._choices.pop(req_id, None)
         for scorer in self._scorers.values():
-            if (release := getattr(scorer, "release", None)) is not None:
-                release(req_ids)
+            scorer.release(req_ids)
 
     def score(self, batch: ScoreBatch) -> ScoreResult:
         if not self._choices:
@@ -90,7 +89,7 @@ class RequestScorer:
             parts.append((requests, rows, self._get(name).score(part)))
         return merge(batch, parts)
 
-    def _get(self, name: str) -> Scorer:
+    def _get(self, name: str) -> ScorerBase:
         if name not in self._scorers:
             config = replace(self._config, scorer=name, options={})
             self._scorers[name] = build(config, "scorer", self._engine)
@@ -109,9 +108,6 @@ def take(
     ).astype(np.int64)
     place = np.full(len(batch.tokens) + 1, -1, dtype=np.int32)  # [-1] is no parent
     place[rows] = np.arange(len(rows), dtype=np.int32)
-
-    def of_rows(values: Any) -> Any:
-        return None if values is None else values[rows]
 
     def of_requests(values: Any) -> Any:
         return [values[r] for r in requests] if len(values) else values
@@ -132,9 +128,7 @@ def take(
             settings=of_requests(batch.settings),
             history=None if history is None else lambda r: history(int(requests[r])),
             choose=None if choose is None else lambda: choose()[index],
-            draft_rows=of_rows(batch.draft_rows),
-            sampled=of_rows(batch.sampled),
-            replacement=None if batch.replacement is None else batch.replacement[requests],
+            draft_probs=batch.draft_probs and batch.draft_probs.take(rows, requests),
         ),
         rows,
     )

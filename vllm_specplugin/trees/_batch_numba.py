@@ -1,7 +1,6 @@
 """Walks over the trees of :mod:`.batch`, compiled: they run in every step.
 
 All take flat arrays whose nodes lie tree after tree, parents before children.
-Importing this module imports numba, so do it late.
 """
 
 from __future__ import annotations

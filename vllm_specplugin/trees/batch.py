@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from vllm_specplugin.trees import _batch_numba
 from vllm_specplugin.trees.draft_probs import DraftProbs
 from vllm_specplugin.trees.tree import EMPTY_TREE, ROOT, DraftTree
 
 if TYPE_CHECKING:
     from vllm_specplugin.step.draft_request import DraftRequest
 
-__all__ = ["Drafted", "Forest", "Labels", "compiled"]
+__all__ = ["Drafted", "Forest", "Labels", "warm_up"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -100,12 +100,12 @@ class Forest:
 
     def survival(self) -> Floats:
         """``[nodes]`` product of the estimates along each node's path."""
-        product: Floats = compiled().survival(self.parents, self.estimates)
+        product: Floats = _batch_numba.survival(self.parents, self.estimates)
         return product
 
     def off_chain(self) -> Bools:
         """``[nodes]`` whether a node lies beside its tree's best chain."""
-        off: Bools = compiled().off_chain(self.owner, self.parents, self.estimates)
+        off: Bools = _batch_numba.off_chain(self.owner, self.parents, self.estimates)
         return off
 
     def closed(self, keep: Bools) -> bool:
@@ -181,7 +181,7 @@ class Forest:
         """
         nodes = np.empty(len(self), dtype=np.int64)
         hits = np.empty(len(self), dtype=np.bool_)
-        found = compiled().follow(
+        found = _batch_numba.follow(
             self.starts, self.parents, self.tokens,
             np.ascontiguousarray(emitted, dtype=np.int64), nodes, hits,
         )  # fmt: skip
@@ -226,14 +226,10 @@ class Drafted:
         return self.kept | ~self.forest.drawn[self.forest.owner]
 
 
-@lru_cache(maxsize=1)
-def compiled() -> Any:
-    """The walks over trees, compiled when first asked for: before serving."""
-    from vllm_specplugin.trees import _batch_numba as walks
-
+def warm_up() -> None:
+    """Compiles the walks over trees, or loads them from disk: now and not in a step."""
     ints, floats = np.zeros(0, dtype=np.int64), np.zeros(0)
     starts, text = np.zeros(1, dtype=np.int64), np.zeros((0, 1), dtype=np.int64)
-    walks.survival(ints, floats)
-    walks.off_chain(ints, ints, floats)
-    walks.follow(starts, ints, ints, text, ints, np.zeros(0, dtype=np.bool_))
-    return walks
+    _batch_numba.survival(ints, floats)
+    _batch_numba.off_chain(ints, ints, floats)
+    _batch_numba.follow(starts, ints, ints, text, ints, np.zeros(0, dtype=np.bool_))

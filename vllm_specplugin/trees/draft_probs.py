@@ -89,14 +89,29 @@ class DraftProbs:
         return replace(self, rows=rows, sampled=self.sampled[nodes])
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class BatchProbs:
-    """The draft distributions of a step; fields of ``ScoreBatch``."""
+    """The draft distributions of one step, see ``ScoreBatch.draft_probs``."""
 
-    draft_probs: torch.Tensor
-    draft_rows: npt.NDArray[np.int32]
+    probs: torch.Tensor
+    """``[k, vocab]`` float32: k distributions q."""
+    rows: npt.NDArray[np.int32]
+    """``[rows]`` which of them the children of a row were drawn from, or -1."""
     sampled: npt.NDArray[np.bool_]
+    """``[rows]`` whether a node was drawn from its parent's q. Other nodes count as
+    drawn from a distribution that is one at their token."""
     replacement: npt.NDArray[np.bool_]
+    """``[requests]`` whether siblings were drawn independently of each other; otherwise
+    each was drawn from q without the earlier ones."""
+
+    def take(self, rows: npt.NDArray[np.integer], requests: npt.NDArray[np.integer]) -> BatchProbs:
+        """Of the given rows and requests, in the given order."""
+        return replace(
+            self,
+            rows=self.rows[rows],
+            sampled=self.sampled[rows],
+            replacement=self.replacement[requests],
+        )
 
 
 def batch_probs(
@@ -132,8 +147,8 @@ def batch_probs(
         parts.append(torch.as_tensor(one.probs, dtype=torch.float32, device=device))
         known += len(one.probs)
     return BatchProbs(
-        draft_probs=torch.cat(parts) if len(parts) > 1 else parts[0],
-        draft_rows=rows,
+        probs=torch.cat(parts) if len(parts) > 1 else parts[0],
+        rows=rows,
         sampled=sampled,
         replacement=replacement,
     )

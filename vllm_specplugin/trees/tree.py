@@ -32,7 +32,8 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 class DraftTree:
-    """An immutable draft tree of ``n`` nodes, possibly empty.
+    """An immutable draft tree of ``n`` nodes, possibly empty. Arrays are copied, so they
+    may be views of a buffer that changes later.
 
     Args:
         tokens: ``[n]`` token id of each node.
@@ -70,12 +71,12 @@ class DraftTree:
     ) -> None:
         self.draft_probs = draft_probs
         try:
-            self.tokens = np.asarray(tokens, dtype=np.int32)
-            self.parents = np.asarray(parents, dtype=np.int32)
+            self.tokens = np.array(tokens, dtype=np.int32)
+            self.parents = np.array(parents, dtype=np.int32)
             self.estimates = (
                 np.ones(self.tokens.shape, dtype=np.float32)
                 if estimates is None
-                else np.asarray(estimates, dtype=np.float32)
+                else np.array(estimates, dtype=np.float32)
             )
         except (TypeError, ValueError, OverflowError) as error:
             raise DraftTreeError(

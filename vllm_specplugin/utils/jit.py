@@ -1,4 +1,8 @@
-"""How functions are compiled here. Importing this module imports numba: do it late."""
+"""How functions are compiled: lazily, at their first call, and kept on disk.
+
+Modules with compiled code end in ``_numba.py``. They import numba, which takes half a
+second, so ``vllm_specplugin`` itself and the command line do without them.
+"""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_specplugin.noise import murmur
-from vllm_specplugin.noise.gumbel import MURMUR, gumbel, scalar_gumbel
+from vllm_specplugin import NoiseKind
+from vllm_specplugin.noise import _gumbel_numba, murmur
+from vllm_specplugin.noise.gumbel import gumbel
 
 from .conftest import ENVIRONMENT, TESTS
 
@@ -68,27 +69,29 @@ def test_noise_is_vllms_bit_for_bit(theirs: dict[str, Any]) -> None:
 
 
 def test_all_statements_of_the_noise_agree(theirs: dict[str, Any]) -> None:
-    tokens, scalar = np.arange(512), scalar_gumbel()
+    tokens, scalar = np.arange(512), _gumbel_numba.gumbel
     for seed, of_seed in zip(SEEDS, theirs["gumbel"]):
         key = seed & (1 << 64) - 1
         for row, expected in zip(ROWS, of_seed):
             # The series that vLLM uses is off by up to 6e-7 in the logarithm; far
             # from where an argmax is decided that shows in the noise.
             decisive = np.array(expected) > -1
-            few = gumbel(key, row + 1, tokens, MURMUR)
+            few = gumbel(key, row + 1, tokens, NoiseKind.MURMUR)
             np.testing.assert_allclose(few, expected, atol=1e-6)
             tensor = murmur.gumbel_tensor(
                 torch.tensor(seed), torch.tensor(row + 1), torch.from_numpy(tokens)
             ).numpy()
             np.testing.assert_allclose(tensor[decisive], few[decisive], atol=2e-5)
-            one = [scalar(np.uint64(key), row + 1, int(t), MURMUR) for t in tokens[:9]]
+            one = [
+                scalar(np.uint64(key), row + 1, int(t), int(NoiseKind.MURMUR)) for t in tokens[:9]
+            ]
             np.testing.assert_allclose(one, tensor[:9], atol=2e-5)
 
 
 def test_it_is_gumbel_and_independent_across_keys() -> None:
     n = 20_000
     tokens = np.arange(n)
-    rows = np.stack([gumbel(s, p, tokens, MURMUR) for s, p in [(1, 5), (1, 6), (2, 5)]])
+    rows = np.stack([gumbel(s, p, tokens, NoiseKind.MURMUR) for s, p in [(1, 5), (1, 6), (2, 5)]])
     # As for the other noise: a shift of 0.05 would be found.
     assert rows.mean(axis=1) == pytest.approx(0.5772, abs=0.045)
     assert rows.var(axis=1) == pytest.approx(1.6449, abs=0.13)

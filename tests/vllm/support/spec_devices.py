@@ -11,7 +11,7 @@ import torch
 from spec_proposers import REAL
 
 from vllm_specplugin import EMPTY_TREE, DraftTree
-from vllm_specplugin.api import EngineInfo, ProposeContext
+from vllm_specplugin.api import EngineInfo, ProposeContext, ProposerBase
 from vllm_specplugin.api.device_proposer import DeviceContext, DeviceProposer
 from vllm_specplugin.proposers.medusa import MedusaProposer
 from vllm_specplugin.proposers.token_recycling import TokenRecyclingProposer
@@ -26,7 +26,7 @@ def use(llm: Any, request: dict[str, Any]) -> None:
     STATE["truth"] = {int(k): v for k, v in request.get("truth", {}).items()}
 
 
-class Devices:
+class Devices(ProposerBase):
     """Offers :class:`OnDevice`; on the host it drafts nothing."""
 
     def __init__(self, config: None, engine: EngineInfo) -> None:
@@ -34,9 +34,6 @@ class Devices:
 
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
         return [EMPTY_TREE] * len(ctx.requests)
-
-    def release(self, req_ids: Sequence[str]) -> None:
-        """Nothing is kept per request."""
 
     def on_device(self, nodes: int, device: torch.device) -> DeviceProposer:
         return OnDevice(self._engine, nodes, device)
@@ -52,7 +49,7 @@ class OnDevice:
         self._medusa = medusa.on_device(nodes, device)
         self._vocab_size, self._nodes = engine.vocab_size, nodes
         self._rng = np.random.default_rng(0)
-        self.needs_top = self._real.needs_top
+        self.top_tokens = self._real.top_tokens
 
     def observe_rows(self, *rows: torch.Tensor) -> None:
         self._real.observe_rows(*rows)

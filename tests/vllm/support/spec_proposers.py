@@ -11,7 +11,7 @@ import numpy as np
 from spec_heads import CheckedMedusa
 
 from vllm_specplugin import EMPTY_TREE, PROPOSERS, DraftTree
-from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView
+from vllm_specplugin.api import EngineInfo, Needs, ProposeContext, ProposerBase, RequestView
 from vllm_specplugin.config import parse_options
 from vllm_specplugin.trees.draft_probs import DraftProbs
 
@@ -28,10 +28,8 @@ REAL = {
 }
 
 
-class Switch:
+class Switch(ProposerBase):
     """Hands each request to the proposer that its options name."""
-
-    needs_hidden = needs_lm_head = True
 
     def __init__(self, config: None, engine: EngineInfo) -> None:
         self._rng = np.random.default_rng(0)
@@ -42,6 +40,8 @@ class Switch:
             factory = CheckedMedusa if name == "medusa" else PROPOSERS.get(name)
             options = parse_options(factory.Config, values, name)
             self._real[name] = factory(options, engine)
+        top = max(p.needs.top_tokens for p in self._real.values())
+        self.needs = Needs(top_tokens=top, hidden=True, lm_head=True)
 
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
         trees: dict[str, DraftTree] = {}
@@ -58,14 +58,10 @@ class Switch:
                 trees[request.req_id] = self._by_hand(request)
         return [trees[r.req_id] for r in ctx.requests]
 
-    @property
-    def needs_top(self) -> int:
-        return max(getattr(p, "needs_top", 0) for p in self._real.values())
-
-    def observe_rows(self, tokens, top, emitted) -> None:
+    def observe_rows(self, tokens, top, emitted, scope) -> None:
         for proposer in self._real.values():
-            if wanted := getattr(proposer, "needs_top", 0):
-                proposer.observe_rows(tokens, top[:, :wanted], emitted)
+            if wanted := proposer.needs.top_tokens:
+                proposer.observe_rows(tokens, top[:, :wanted], emitted, scope)
 
     def release(self, req_ids: Sequence[str]) -> None:
         for proposer in self._real.values():
@@ -148,10 +144,9 @@ class Switch:
 class OnSeveralRanks(Switch):
     """Without those that need the target's lm_head, which takes all ranks."""
 
-    needs_hidden = needs_lm_head = False
-
     def __init__(self, config: None, engine: EngineInfo) -> None:
         super().__init__(config, engine)
+        self.needs = Needs(top_tokens=self.needs.top_tokens)
         if flag := os.environ.get("SPEC_DIVERGE"):
             _diverge(Path(flag))
 

@@ -61,7 +61,7 @@ class Variant:
         """Whether its output law is the model's."""
         if self.speculate is None:
             return True
-        return bool(getattr(SCORERS.get(self.speculate["scorer"]), "lossless", False))
+        return SCORERS.get(self.speculate["scorer"]).lossless
 
     @property
     def exact(self) -> bool:

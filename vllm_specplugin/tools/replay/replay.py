@@ -18,7 +18,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.api import EngineInfo, ProposeContext, RequestView, StepOutcome
+from vllm_specplugin.api import (
+    EngineInfo,
+    ProposeContext,
+    ProposerBase,
+    RequestView,
+    StepOutcome,
+)
 from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.errors import complain
 from vllm_specplugin.step.cost_model import StepShape, StepTimeModel
@@ -145,7 +151,7 @@ def _learn_times(times: StepTimeModel, record: Mapping[str, Any]) -> None:
         times.observe_draft(record["dn"], record["d"])
 
 
-class _Tape:
+class _Tape(ProposerBase):
     """Stands in for the proposer: gives back what was recorded."""
 
     def __init__(self, recording: Recording, clock: _Clock) -> None:
@@ -163,9 +169,6 @@ class _Tape:
             tree = text.trees.get(length, EMPTY_TREE)
             trees.append(tree.best(request.max_nodes))
         return trees
-
-    def release(self, req_ids: Sequence[str]) -> None:
-        """Nothing is kept."""
 
 
 @dataclass(slots=True)
@@ -226,8 +229,8 @@ def replay(
     """
     config = policy_config(policy, options, recording.engine.max_nodes)
     made = build(config, "policy", recording.engine)
-    if warm and (start := getattr(made, "start_warm", None)) is not None:
-        start(recording.times)
+    if warm:
+        made.start_warm(recording.times)
     spread = recording.times.error if noise is None else noise
     imagined = _Engine(recording, config, made, spread, seed)
     if load is not None:

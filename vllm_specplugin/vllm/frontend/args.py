@@ -85,8 +85,7 @@ def engine_arguments(
 def _asked(config: SpecConfig) -> Mapping[str, Any]:
     """What the proposer wants vLLM to load; mostly nothing."""
     factory, options = resolve(config, "proposer")
-    ask = getattr(factory, "speculative", None)
-    asked = (None if ask is None else ask(options)) or {}
+    asked = factory.speculative(options)
     if asked.get("method") == "suffix" and config.cache_scope != "shared":
         # vLLM's store of past requests knows no scopes.
         asked = {"suffix_decoding_max_cached_requests": 0, **asked}

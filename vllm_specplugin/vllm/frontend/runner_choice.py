@@ -115,14 +115,13 @@ def choose_runner(
 def _steady_nodes(config: SpecConfig, method: Mapping[str, Any]) -> tuple[int | None, str]:
     """Nodes of every step, if drafts can stay on the device; else why not."""
     proposer, _ = resolve(config, "proposer")
-    if method or not (isinstance(proposer, type) and issubclass(proposer, OffersDevice)):
+    if method or not (issubclass(proposer, OffersDevice)):
         return None, f"proposer {config.proposer!r} drafts on the host"
     scorer, _ = resolve(config, "scorer")
-    if not getattr(scorer, "emits_draws", False):
+    if not scorer.emits_draws:
         return None, f"scorer {config.scorer!r} decides on the host"
     policy, policy_options = resolve(config, "policy")
-    steady = getattr(policy, "steady_nodes", None)
-    nodes = None if steady is None else steady(policy_options, config.max_nodes)
+    nodes = policy.steady_nodes(policy_options, config.max_nodes)
     if nodes is None:
         return None, f"policy {config.policy!r} decides on the host, step by step"
     if config.trace:

@@ -153,7 +153,7 @@ class DeviceSteps:
         return output
 
     def _likeliest(self, logits: torch.Tensor) -> torch.Tensor | None:
-        wanted = min(self._proposer.needs_top, logits.shape[-1])
+        wanted = min(self._proposer.top_tokens, logits.shape[-1])
         if not wanted:
             return None
         values, ids = torch.topk(logits, wanted, dim=-1)

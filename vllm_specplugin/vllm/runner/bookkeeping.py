@@ -82,7 +82,7 @@ def score_rows(
         req_ids=req_ids,
         history=history,
         choose=choose,
-        **({} if probs is None else vars(probs)),
+        draft_probs=probs,
     )
     parts = spec.parts
     try:

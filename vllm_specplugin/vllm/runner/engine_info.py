@@ -9,9 +9,8 @@ import platform
 from typing import Any
 
 from vllm_specplugin._version import __version__
-from vllm_specplugin.api import EngineInfo
+from vllm_specplugin.api import EngineInfo, NoiseKind
 from vllm_specplugin.config import SpecConfig
-from vllm_specplugin.noise.gumbel import PHILOX
 from vllm_specplugin.vllm.compat.seams import installed_version
 
 __all__ = ["describe_engine"]
@@ -29,7 +28,7 @@ def describe_engine(runner: Any, config: SpecConfig) -> EngineInfo:
         dtype=str(runner.model_config.dtype).removeprefix("torch."),
         graph_sizes=_graph_sizes(runner),
         fingerprint=_fingerprint(runner, config),
-        noise=getattr(runner, "spec_noise", PHILOX),
+        noise=getattr(runner, "spec_noise", NoiseKind.PHILOX),
     )
 
 

@@ -75,8 +75,8 @@ class Parts:
             fallback_scorer=ExactScorer(None, engine),
             proposer=proposer,
             drafter=drafter,
-            follows_native=bool(getattr(proposer, "native", False)),
-            couples_native=bool(getattr(proposer, "couples", False)),
+            follows_native=proposer.needs.vllm_drafter,
+            couples_native=proposer.needs.coupled_drafter,
         )
 
 

@@ -178,7 +178,7 @@ class HostSteps:
         if own is not None:
             temperatures = runner.spec_sampler.sampling_states.temperature.np
             native = VllmDrafts(runner.speculator, batch, own, temperatures).of
-        if self._spec.parts.drafter.needs_hidden:
+        if self._spec.parts.drafter.needs.hidden:
             emitted_from = step.emitted_from
             assert emitted_from is not None, "draft() without sample()"
             hidden = hidden_states[batch.logits_indices]

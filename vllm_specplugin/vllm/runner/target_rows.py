@@ -1,10 +1,9 @@
 """What a proposer is shown of the target's rows, if it asks for it.
 
-A proposer asks with ``needs_top`` for likely tokens of all rows, with
-``needs_hidden`` for the hidden state of the rows that the last tokens came from;
-see :mod:`vllm_specplugin.api.target_rows`. Only the first rank of tensor
-parallelism drafts, so only that one looks: it has the logits of the whole
-vocabulary whether vLLM gathers them on all ranks or on the first.
+A proposer asks with ``Needs(top_tokens=...)`` for likely tokens of all rows, with
+``Needs(hidden=True)`` for the hidden state of the rows that the last tokens came from.
+Only the first rank of tensor parallelism drafts, so only that one looks: it has the
+logits of the whole vocabulary whether vLLM gathers them on all ranks or on the first.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_specplugin.api import ScoreResult, TargetRows
+from vllm_specplugin.api import ProposerBase, ScoreResult, TargetRows
 from vllm_specplugin.errors import UnsupportedError, complain
 from vllm_specplugin.step.drafting import Drafter
 from vllm_specplugin.trees.step_layout import StepLayout
@@ -33,9 +32,9 @@ class HasModel(Protocol):
 
 
 def likeliest(drafter: Drafter, logits: torch.Tensor) -> IntArray | None:
-    """``[rows, needs_top]`` the largest logits' tokens, -1 where a token is
+    """``[rows, top_tokens]`` the largest logits' tokens, -1 where a token is
     forbidden; ``None`` if nobody asks. Call it before the logits are changed."""
-    wanted = min(drafter.needs_top, logits.shape[-1])
+    wanted = min(drafter.needs.top_tokens, logits.shape[-1])
     if not wanted:
         return None
     from vllm.distributed.parallel_state import get_tp_group
@@ -87,14 +86,14 @@ def show(
             drafter.observe_rows(tokens[own], top[own], emitted[own], scope=scope)
 
 
-def one_rank_only(proposer: Any, ranks: int) -> None:
+def one_rank_only(proposer: ProposerBase, ranks: int) -> None:
     """Refuses a proposer that calls the target's lm_head where that takes all
     ranks: only the first drafts.
 
     Raises:
         UnsupportedError: it does, and there are several.
     """
-    if ranks > 1 and getattr(proposer, "needs_lm_head", False):
+    if ranks > 1 and proposer.needs.lm_head:
         raise UnsupportedError(
             complain(
                 f"a proposer that uses the target's lm_head on {ranks} ranks",

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.v1.outputs import DraftTokenIds
 
-from vllm_specplugin.noise.gumbel import MURMUR
+from vllm_specplugin.api import NoiseKind
 from vllm_specplugin.vllm.runner.async_step import DeviceSteps
 from vllm_specplugin.vllm.runner.sampling import TreeRejectionSampler, TreeSampler
 from vllm_specplugin.vllm.runner.speculator import TreeSpeculator
@@ -102,7 +102,7 @@ class TreeRunner(_Runner):
     """Mixed into vLLM's runner class by the worker."""
 
     spec: SpecState
-    spec_noise = MURMUR
+    spec_noise = NoiseKind.MURMUR
     spec_path: StepPath
     spec_requests: dict[str, NewRequestData]
 

@@ -260,7 +260,7 @@ class TreeRunnerV1(_Runner):
         return DraftInputs(
             draft_model=None if model is None else session,
             native=native.of,
-            target=target if self.spec.parts.drafter.needs_hidden else None,
+            target=target if self.spec.parts.drafter.needs.hidden else None,
         )
 
     def _draft_request(self, index: int) -> DraftRequest | None:

@@ -5,8 +5,6 @@ There are guesses for each depth that do not depend on what stands above them. T
 without looking at others: after a node, the next candidates are its next sibling
 and its first child. On measured accuracies of heads by rank this is Medusa's
 static tree (``explore_graph``, 2401.10774), on probabilities DDTree (2604.12989).
-
-Importing this module imports numba, so do it late.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_specplugin.proposers._history.index_numba import Int
-from vllm_specplugin.proposers._recycling.tree import likeliest
+from vllm_specplugin.proposers._recycling.tree_numba import likeliest
 from vllm_specplugin.utils.jit import jit
 
 __all__ = ["explore"]

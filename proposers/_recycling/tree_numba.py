@@ -1,19 +1,18 @@
-"""Compiled best-first growth of trees over a matrix of likely successors.
-
-Importing this module imports numba, so do it late.
-"""
+"""Compiled best-first growth of trees over a matrix of likely successors."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_specplugin.noise.gumbel import PHILOX
+from vllm_specplugin.noise.constants import NoiseKind
 from vllm_specplugin.proposers._history.index_numba import Int
 from vllm_specplugin.proposers._history.votes_numba import estimate_coupled
 from vllm_specplugin.utils.jit import inner, jit
 
 __all__ = ["grow"]
+
+_PHILOX = int(NoiseKind.PHILOX)
 
 
 @inner
@@ -56,7 +55,7 @@ def grow(
     tokens: npt.NDArray[np.int32],
     parents: npt.NDArray[np.int32],
     estimates: npt.NDArray[np.float64],
-    kind: Int = PHILOX,
+    kind: Int = _PHILOX,
 ) -> Int:
     """Takes the likeliest nodes, parents first; of equals the first found.
 
