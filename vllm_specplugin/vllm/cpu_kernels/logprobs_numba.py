@@ -40,7 +40,7 @@ def topk_log_softmax(grid, output, logits, topk_ids, topk, vocab_size):
             top = max(top, line[i])
         total = 0.0  # float64: Triton adds pairwise, this loop one by one
         for i in range(vocab_size):
-            total += np.float32(math.exp(line[i] - top))
+            total += math.exp(line[i] - top)
         log_total = np.float32(math.log(total))
         for i in range(topk):
             output[row, i] = line[topk_ids[row, i]] - top - log_total
