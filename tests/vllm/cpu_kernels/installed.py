@@ -33,7 +33,7 @@ def kinds(*names: str) -> list[str]:
 def message(call: Any) -> str:
     try:
         call()
-    except UnsupportedError as error:
+    except (UnsupportedError, TypeError) as error:
         return str(error)
     return ""
 

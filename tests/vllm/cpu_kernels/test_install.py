@@ -33,6 +33,7 @@ def test_without_the_switch_nothing_changes() -> None:
     assert found["after"] == ["function"] * 3
     assert found["later"] == ["function"]
     assert found["allowed"] is found["offered"] is False
+    assert "not subscriptable" in found["message"]
 
 
 def test_with_the_switch_kernels_are_replaced_in_workers() -> None:

@@ -1,4 +1,4 @@
-"""Engines on vLLM's second runner, its kernels in Triton's interpreter."""
+"""Engines on vLLM's second runner, with CPU twins in place of its kernels."""
 
 from __future__ import annotations
 
@@ -17,13 +17,9 @@ TESTS = Path(__file__).parents[2]
 MAX_NODES = 6
 MAX_MODEL_LEN = 160
 
-OVERLAY = TESTS / "support" / "triton_cpu"
 SUPPORT = Path(__file__).parents[1] / "support"
-ENVIRONMENT = {
-    "PYTHONPATH": f"{OVERLAY}:{SUPPORT}",
-    "TRITON_INTERPRET": "1",
-    "OMP_NUM_THREADS": "1",
-}
+ASYNC = TESTS / "support" / "cpu_async"
+ENVIRONMENT = {"SPECPLUGIN_CPU_SECOND_RUNNER": "1", "OMP_NUM_THREADS": "1"}
 
 _BLOCK_BYTES = 6 * 2 * 4 * 64 * 4 * 32  # layers, k and v, heads, size, float32, tokens
 _ENGINE = {
@@ -84,6 +80,7 @@ ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 
 def start(name: str) -> EngineProcess:
     engine, speculate = ENGINES[name]
+    paths = [SUPPORT, ASYNC] if name == "async" else [SUPPORT]
     return EngineProcess(
         name,
         {
@@ -91,7 +88,7 @@ def start(name: str) -> EngineProcess:
             "engine": {**_ENGINE, **engine},
             "speculate": speculate,
         },
-        environment={**ENVIRONMENT, "TRITON_CPU_ASYNC": str(int(name == "async"))},
+        environment={**ENVIRONMENT, "PYTHONPATH": ":".join(map(str, paths))},
         module="mrv2_child",
     )
 

@@ -1,6 +1,6 @@
 """An engine process on vLLM's second runner, plus ways to break it.
 
-Kernels run in Triton's interpreter, where vLLM's top-k and top-p kernel takes
+Where kernels run in Triton's interpreter, vLLM's top-k and top-p kernel takes
 seconds a step: its plain statement in torch stands in for it.
 """
 
