@@ -34,7 +34,7 @@ def kinds(*names: str) -> list[str]:
 def message(call: Any) -> str:
     try:
         call()
-    except UnsupportedError as error:
+    except (UnsupportedError, TypeError) as error:
         return str(error)
     return ""
 
@@ -76,8 +76,7 @@ def main() -> None:
         result["after"] = kinds(*names, f"mm.rope:{rope_kernel}")
         result["later"] = kinds("spec_decode.dflash.speculator:" + DFLASH)
         later = import_module(f"{PACKAGE}.spec_decode.dflash.speculator")
-        if result["later"] == ["NoTwin"]:
-            result["message"] = message(lambda: getattr(later, DFLASH)[(1,)])
+        result["message"] = message(lambda: getattr(later, DFLASH)[(1,)])
     print(json.dumps(result))
 
 

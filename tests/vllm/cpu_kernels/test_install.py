@@ -34,6 +34,7 @@ def test_without_the_switch_nothing_changes() -> None:
     assert found["later"] == ["function"]
     assert found["chosen"] == [False, True, False], "the plugin's engines only"
     assert found["offered"]
+    assert "not subscriptable" in found["message"]
 
 
 def test_with_the_switch_kernels_are_replaced_in_workers() -> None:

@@ -1,4 +1,4 @@
-"""The interpreter that the other tests here rely on, and vLLM's noise in it."""
+"""Triton's interpreter, which twins are compared in, and vLLM's noise in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from vllm_specplugin import NoiseKind
 from vllm_specplugin.noise import _gumbel_numba, murmur
 from vllm_specplugin.noise.gumbel import gumbel
 
-from .conftest import ENVIRONMENT, TESTS
+from .conftest import TESTS
+
+ENVIRONMENT = {
+    "PYTHONPATH": str(TESTS / "support" / "triton_cpu"),
+    "TRITON_INTERPRET": "1",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def probe(script: str, **environment: str) -> dict[str, Any]:

@@ -9,8 +9,7 @@ holds the draft itself as input.
 
 p is the target's distribution, q the draft's. Sums of exponentials come per block of
 the vocabulary, relative to the block's maximum. Everything is float32 and rounded per
-operation, as in the kernels. Only sums over a block are float64 until they are stored:
-Triton adds pairwise, and adding one by one in float32 would lose digits.
+operation, as in the kernels.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -25,6 +24,7 @@ import numpy as np
 from vllm_specplugin.utils.jit import inner, jit
 
 from .random_numba import noised, step_seed, stream, uniform
+from .reductions_numba import exp, first_largest, log, log_sum, max_and_sum
 
 __all__ = [
     "compute_cumulative_log_p",
@@ -40,49 +40,6 @@ _jit: Any = jit  # of functions without types
 _inner: Any = inner
 
 _MINUS_INF, _ZERO, _ONE = np.float32(-np.inf), np.float32(0), np.float32(1)
-
-
-@_inner
-def _exp(x):
-    return np.float32(math.exp(x))
-
-
-@_inner
-def _log(x):
-    return np.float32(math.log(x))
-
-
-@_inner
-def _max_and_sum(line, first, last, temp):
-    """``_compute_max_and_sumexp`` of ``line[first:last] / temp``."""
-    top, total = _MINUS_INF, 0.0
-    for i in range(first, last):
-        top = max(top, line[i] / temp)
-    if top > _MINUS_INF:
-        for i in range(first, last):
-            total += _exp(line[i] / temp - top)
-    return top, np.float32(total)
-
-
-@_inner
-def _log_sum(tops, totals, blocks):
-    """``_compute_global_logsumexp`` of one row, from its blocks."""
-    top, total = _MINUS_INF, _ZERO
-    for block in range(blocks):
-        top = max(top, tops[block])
-    for block in range(blocks):
-        total += totals[block] * _exp(tops[block] - top)
-    return top + _log(total)
-
-
-@_inner
-def _first_largest(values, count):
-    """Index of the largest value: the first of equals, never a NaN."""
-    best, index = -np.inf, 0
-    for i in range(count):
-        if values[i] > best:
-            best, index = np.float64(values[i]), i
-    return index
 
 
 @_inner
@@ -132,15 +89,15 @@ def compute_local_logits_stats(
             first = block * block_size
             last = min(first + block_size, vocab_size)
             if own == 0:
-                token = first + _first_largest(line[first:last], last - first)
+                token = first + first_largest(line[first:last], last - first)
                 target_local_argmax[row, block] = token
                 target_local_max[row, block] = line[token]
                 continue
-            top, total = _max_and_sum(line, first, last, _ONE)
+            top, total = max_and_sum(line, first, last, _ONE)
             target_local_max[row, block] = top
             target_local_sumexp[row, block] = total
             if draft_logits is not None:
-                top, total = _max_and_sum(draft_logits[slot, step], first, last, own)
+                top, total = max_and_sum(draft_logits[slot, step], first, last, own)
                 draft_local_max[row, block] = top
                 draft_local_sumexp[row, block] = total
 
@@ -164,12 +121,12 @@ def compute_cumulative_log_p(
             token = np.int64(draft_sampled[row + 1])
             if token >= 0:
                 tops, totals = target_local_max[row], target_local_sumexp[row]
-                p = target_logits[row, token] - _log_sum(tops, totals, n)
+                p = target_logits[row, token] - log_sum(tops, totals, n)
                 q = _ZERO
                 if draft_logits is not None:
                     tops, totals = draft_local_max[row], draft_local_sumexp[row]
                     q = draft_logits[slot, step, token] / own
-                    q = q - _log_sum(tops, totals, n)
+                    q = q - log_sum(tops, totals, n)
                 log_p = log_p + (p - q)
                 if log_p > 0:
                     log_p = _ZERO
@@ -193,14 +150,14 @@ def compute_local_residual_mass(
             continue
         if not _is_verified(row, expanded_local_pos, num_speculative_steps, num_logits):
             continue
-        ratio = _exp(cumulative_log_p[row - 1])
-        p_sum = _log_sum(target_local_max[row], target_local_sumexp[row], n)
-        q_sum = _log_sum(draft_local_max[row], draft_local_sumexp[row], n)
+        ratio = exp(cumulative_log_p[row - 1])
+        p_sum = log_sum(target_local_max[row], target_local_sumexp[row], n)
+        q_sum = log_sum(draft_local_max[row], draft_local_sumexp[row], n)
         line, drafts = target_logits[row], draft_logits[slot, step]
         for block in range(grid[1]):
             first, total = block * block_size, 0.0
             for i in range(first, min(first + block_size, vocab_size)):
-                mass = ratio * _exp(line[i] - p_sum) - _exp(drafts[i] / own - q_sum)
+                mass = ratio * exp(line[i] - p_sum) - exp(drafts[i] / own - q_sum)
                 if mass > 0:
                     total += mass
             local_residual_mass[row, block] = total
@@ -213,7 +170,7 @@ def _verify_greedy(sampled, start, drafts, local_max, local_argmax, blocks, seed
     count = drafts.size
     for i in range(count):
         row, token = start + i, np.int64(drafts[i])
-        block = _first_largest(local_max[row], blocks)
+        block = first_largest(local_max[row], blocks)
         choice = np.int64(local_argmax[row, block])
         accepted = choice == token
         if rates is not None:
@@ -243,8 +200,8 @@ def _block_threshold(
         for block in range(blocks):
             mass += residual_mass[row, block]
     else:
-        total = _log_sum(local_max[row], local_sumexp[row], blocks)
-        mass = ratio * (_ONE - _exp(target_logits[row, follower] - total))
+        total = log_sum(local_max[row], local_sumexp[row], blocks)
+        mass = ratio * (_ONE - exp(target_logits[row, follower] - total))
     scale = mass + _ONE - ratio
     return mass / scale if scale > 0 else _ONE
 
@@ -282,21 +239,21 @@ def rejection(
             )  # fmt: skip
             row = start + length
             if length < drafts.size:
-                p_sum = _log_sum(target_local_max[row], target_local_sumexp[row], n)
+                p_sum = log_sum(target_local_max[row], target_local_sumexp[row], n)
                 if draft_logits is not None:
-                    q_sum = _log_sum(draft_local_max[row], draft_local_sumexp[row], n)
+                    q_sum = log_sum(draft_local_max[row], draft_local_sumexp[row], n)
         else:
             for i in range(drafts.size):
                 row, token = start + i, np.int64(drafts[i])
                 if token < 0:
                     break
-                p_sum = _log_sum(target_local_max[row], target_local_sumexp[row], n)
+                p_sum = log_sum(target_local_max[row], target_local_sumexp[row], n)
                 log_p, log_q = target_logits[row, token] - p_sum, _ZERO
                 if draft_logits is not None:
-                    q_sum = _log_sum(draft_local_max[row], draft_local_sumexp[row], n)
+                    q_sum = log_sum(draft_local_max[row], draft_local_sumexp[row], n)
                     log_q = draft_logits[slot, i, token] / own - q_sum
                 u = uniform(key, pos[row])
-                accepted = log_p > _log(u) + log_q
+                accepted = log_p > log(u) + log_q
                 if synthetic_conditional_rates is not None:
                     accepted = u < synthetic_conditional_rates[i]
                 out[i] = token
@@ -321,7 +278,7 @@ def _verify_block(
             break
         follower = np.int64(drafts[i + 1]) if i + 1 < drafts.size else np.int64(-1)
         threshold = _block_threshold(
-            row + 1, _exp(cumulative_log_p[row]), follower, target_logits, local_max,
+            row + 1, exp(cumulative_log_p[row]), follower, target_logits, local_max,
             local_sumexp, residual_mass, blocks,
         )  # fmt: skip
         key = step_seed(seed, i) if step_seeds else np.int64(seed)
@@ -335,7 +292,7 @@ def _verify_block(
 def _residual(value, p_sum, shift, draft_value, q_sum):
     """log of max(P p - q, 0) at one token: log(a - b) = log a + log(1 - b / a)."""
     log_p = value - p_sum + shift
-    ratio = _exp(draft_value - q_sum - log_p)
+    ratio = exp(draft_value - q_sum - log_p)
     if ratio < 1:
         return log_p + np.float32(math.log1p(-ratio))
     return _MINUS_INF
@@ -399,5 +356,5 @@ def insert_resampled(
         is_bonus = row == cu_num_logits[request + 1] - 1
         if temp[expanded_idx_mapping[row]] == 0 and not is_bonus:
             continue
-        block = _first_largest(resampled_local_max[request], resample_num_blocks)
+        block = first_largest(resampled_local_max[request], resample_num_blocks)
         sampled[request, count] = resampled_local_argmax[request, block]

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.v1.worker.gpu import input_batch
-from vllm.v1.worker.gpu.block_table import BlockTables, _compute_slot_mappings_kernel
+from vllm.v1.worker.gpu import block_table, input_batch
+from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 
 from .batches import LENGTH, SLOTS, Batch, batch
@@ -192,5 +192,6 @@ def test_expanded_mapping(seed: int) -> None:
 
 
 def test_addresses_are_not_compared_by_copies() -> None:
+    kernel = block_table._compute_slot_mappings_kernel
     with pytest.raises(AssertionError, match="addresses"):
-        _compute_slot_mappings_kernel[(1, 1)](torch.zeros(1, dtype=torch.uint64))
+        kernel[(1, 1)](torch.zeros(1, dtype=torch.uint64))

@@ -11,6 +11,9 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sam
 
 from .batches import SLOTS, Batch, batch
 
+# The interpreter computes with NumPy, which warns of infinite logits.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 STEPS = 4
 
 
