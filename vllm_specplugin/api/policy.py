@@ -5,15 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_specplugin.api.algorithm import AlgorithmBase
-
-if TYPE_CHECKING:
-    from vllm_specplugin.step.cost_model import StepTimeModel
 
 __all__ = ["BudgetContext", "LengthPolicy", "PolicyBase", "StepOutcome", "TrimContext"]
 
@@ -155,10 +152,6 @@ class PolicyBase(AlgorithmBase):
         """
         del config, max_nodes
         return None
-
-    def start_warm(self, times: StepTimeModel) -> None:
-        """Called by ``specplugin replay`` before the first step, with step times as a
-        restarted engine would have loaded them from disk."""
 
     @abstractmethod
     def budget(self, ctx: BudgetContext) -> Sequence[int]:

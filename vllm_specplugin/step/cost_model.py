@@ -27,12 +27,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["LinearTime", "StepShape", "StepTimeModel", "call_time"]
+__all__ = ["LinearTime", "StepShape", "StepTimeModel", "UsesStepTimes", "call_time"]
 
 logger = logging.getLogger(__name__)
 
@@ -387,3 +387,12 @@ class StepTimeModel:
                            path, bad)  # fmt: skip
             return False
         return True
+
+
+@runtime_checkable
+class UsesStepTimes(Protocol):
+    """A policy that prices steps; ``specplugin replay`` starts it as a restarted engine."""
+
+    def start_warm(self, times: StepTimeModel) -> None:
+        """Takes step times in place of those it would have loaded from disk."""
+        ...

@@ -32,9 +32,10 @@ from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.errors import DraftTreeError, complain
 from vllm_specplugin.step.calibration import Calibration
 from vllm_specplugin.step.draft_request import DraftInputs, DraftRequest
+from vllm_specplugin.step.drafted import Drafted
 from vllm_specplugin.step.trace import TraceWriter
 from vllm_specplugin.telemetry.counters import SpecMetrics
-from vllm_specplugin.trees.batch import Drafted, Forest, warm_up
+from vllm_specplugin.trees.batch import Forest, warm_up
 from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
 __all__ = ["Drafter"]

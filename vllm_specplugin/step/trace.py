@@ -46,7 +46,7 @@ import numpy.typing as npt
 from vllm_specplugin._version import __version__
 from vllm_specplugin.api import EngineInfo, StepOutcome
 from vllm_specplugin.errors import ConfigError, SpecPluginError, complain
-from vllm_specplugin.trees.batch import Drafted
+from vllm_specplugin.step.drafted import Drafted
 
 __all__ = ["SCHEMA", "TraceError", "TraceWriter", "read_trace", "reads_traces"]
 

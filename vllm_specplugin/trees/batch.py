@@ -6,9 +6,9 @@ steps of the engine, so they work on arrays and not on tree objects.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,7 @@ from vllm_specplugin.trees import _batch_numba
 from vllm_specplugin.trees.draft_probs import DraftProbs
 from vllm_specplugin.trees.tree import EMPTY_TREE, ROOT, DraftTree
 
-if TYPE_CHECKING:
-    from vllm_specplugin.step.draft_request import DraftRequest
-
-__all__ = ["Drafted", "Forest", "Labels", "warm_up"]
+__all__ = ["Forest", "Labels", "warm_up"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -186,44 +183,6 @@ class Forest:
             np.ascontiguousarray(emitted, dtype=np.int64), nodes, hits,
         )  # fmt: skip
         return Labels(nodes[:found], hits[:found])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drafted:
-    """What one call of the proposer gave, until the text decides on it."""
-
-    forest: Forest
-    """Everything drafted, with the proposer's own estimates."""
-    place: Mapping[str, int]
-    """Index of each request's tree."""
-    asked: Bools
-    """``[trees]`` whether the proposer was asked for it."""
-    sampled: Bools
-    """``[nodes]`` whether the request decodes at a temperature."""
-    ends: Ints
-    """``[trees]`` length of the text that each tree follows."""
-    kept: Bools
-    """``[nodes]`` what was sent to be verified; filled in later."""
-
-    @classmethod
-    def of(cls, forest: Forest, requests: Sequence[DraftRequest], wanted: Sequence[int]) -> Drafted:
-        """What was drafted for ``requests``, of which the proposer was asked for
-        those at the places ``wanted``."""
-        asked = np.zeros(len(requests), dtype=np.bool_)
-        asked[wanted] = True
-        return cls(
-            forest=forest,
-            place={request.req_id: i for i, request in enumerate(requests)},
-            asked=asked,
-            sampled=np.array([not r.greedy for r in requests])[forest.owner],
-            ends=np.array([r.num_tokens for r in requests], dtype=np.int64),
-            kept=np.zeros(len(forest), dtype=np.bool_),
-        )
-
-    def telling(self) -> Bools:
-        """``[nodes]`` whether the text says if the node would be accepted: of
-        drawn ones only the verified, the others would have met another coin."""
-        return self.kept | ~self.forest.drawn[self.forest.owner]
 
 
 def warm_up() -> None:

@@ -27,7 +27,7 @@ from vllm_specplugin.api import (
 )
 from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.errors import complain
-from vllm_specplugin.step.cost_model import StepShape, StepTimeModel
+from vllm_specplugin.step.cost_model import StepShape, StepTimeModel, UsesStepTimes
 from vllm_specplugin.step.draft_request import DraftRequest
 from vllm_specplugin.step.drafting import Drafter
 from vllm_specplugin.step.trace import TraceError, read_trace, reads_traces
@@ -229,7 +229,7 @@ def replay(
     """
     config = policy_config(policy, options, recording.engine.max_nodes)
     made = build(config, "policy", recording.engine)
-    if warm:
+    if warm and isinstance(made, UsesStepTimes):
         made.start_warm(recording.times)
     spread = recording.times.error if noise is None else noise
     imagined = _Engine(recording, config, made, spread, seed)

@@ -11,7 +11,6 @@ from vllm_specplugin.vllm.compat.seams import installed_version
 
 from .launch import NoTwin, TwinSpec
 from .pins import PACKAGE, Sources, check_pins
-from .prepare import needed
 from .table import kernels, make_twin
 
 __all__ = ["install"]
@@ -25,13 +24,13 @@ _installed = False
 def install() -> None:
     """Puts twins in place of kernels, and a named error in place of the others.
 
-    Idempotent. Without effect on other platforms, and where vLLM has Triton.
+    Idempotent. To be called where vLLM runs on a CPU and has no Triton for it.
 
     Raises:
         UnsupportedError: a kernel is not the one its twin was written for.
     """
     global _installed
-    if _installed or not needed():
+    if _installed:
         return
     # It replaces parts of torch.cuda and of vLLM's utilities that the modules of the
     # second runner import by name: it must come first.

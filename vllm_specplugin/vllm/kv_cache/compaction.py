@@ -17,13 +17,12 @@ import numpy as np
 import torch
 
 from vllm_specplugin.trees.step_layout import Move
-from vllm_specplugin.vllm.runner_v1.draft_loading import draft_layers
 from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan
 
 if TYPE_CHECKING:
     from vllm_specplugin.vllm.kv_cache.rows import KVRows
 
-__all__ = ["compact", "device_rows", "move_rows"]
+__all__ = ["compact", "device_rows", "draft_layers", "move_rows"]
 
 _ROWS_ATTRIBUTE = "specplugin_kv_rows"
 
@@ -112,3 +111,9 @@ def move_rows(
     for rows, slot in zip(groups, slots):
         where = (slot[part.clamp(min=0)].long() for part in (source, target))
         rows.move(*(part.masked_fill(none, -1) for part in where))
+
+
+def draft_layers(runner: Any) -> frozenset[str]:
+    """Names of the attention layers that belong to a drafter of vLLM's."""
+    drafter = getattr(runner, "drafter", None)
+    return frozenset(getattr(drafter, "_draft_attn_layer_names", ()))

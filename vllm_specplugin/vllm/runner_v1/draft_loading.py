@@ -8,16 +8,10 @@ from vllm_specplugin.errors import UnsupportedError, complain
 from vllm_specplugin.vllm.runner_v1.paged_head import PagedHead
 from vllm_specplugin.vllm.runner_v1.paged_model import PagedDraftModel
 
-__all__ = ["draft_layers", "load_draft_model"]
+__all__ = ["load_draft_model"]
 
 _HEADS = ("eagle", "eagle3", "mtp")
 """Methods of vLLM whose drafter reads the target's hidden states."""
-
-
-def draft_layers(runner: Any) -> frozenset[str]:
-    """Names of the attention layers that belong to a drafter of vLLM's."""
-    drafter = getattr(runner, "drafter", None)
-    return frozenset(getattr(drafter, "_draft_attn_layer_names", ()))
 
 
 def load_draft_model(runner: Any) -> PagedDraftModel | None:

@@ -34,7 +34,7 @@ from vllm_specplugin.api import RequestView, TargetRows
 from vllm_specplugin.noise.gumbel import request_seed
 from vllm_specplugin.step.draft_request import DraftInputs, DraftRequest
 from vllm_specplugin.trees.step_layout import StepLayout, scheduled_tree
-from vllm_specplugin.vllm.kv_cache.compaction import compact
+from vllm_specplugin.vllm.kv_cache.compaction import compact, draft_layers
 from vllm_specplugin.vllm.runner.bookkeeping import (
     GREEDY,
     count_step,
@@ -48,7 +48,7 @@ from vllm_specplugin.vllm.runner.step_in_flight import HostStep
 from vllm_specplugin.vllm.runner.target_rows import likeliest, show, target_rows
 from vllm_specplugin.vllm.runner.tensor_parallel import fingerprint
 from vllm_specplugin.vllm.runner.tree_support import chains_only_reason
-from vllm_specplugin.vllm.runner_v1.draft_loading import draft_layers, load_draft_model
+from vllm_specplugin.vllm.runner_v1.draft_loading import load_draft_model
 from vllm_specplugin.vllm.runner_v1.logits import gather_logprobs, process_logits
 from vllm_specplugin.vllm.runner_v1.native_drafts import NativeCall
 from vllm_specplugin.vllm.runner_v1.paged_model import DraftSession, PagedDraftModel
