@@ -45,6 +45,13 @@ Patches, each with the reason and when to remove it:
     (``runner/tree_runner.py``)
     replaced, on vLLM's second runner, by objects that are also ours: it builds them
     from closed lists. Remove when it takes them from a registry.
+``VllmConfig.use_v2_model_runner`` and ``._validate_v2_model_runner`` (``cpu_kernels/prepare.py``)
+    wrapped, on a CPU without Triton only, so that engines of the plugin get the second
+    runner: its Triton kernels are replaced there, in the worker, by compiled ones. Remove
+    when vLLM runs its second runner on such a CPU.
+``triton_utils.dispatcher.vars`` (``compat/kernel_scan_fix.py``)
+    added: vLLM's scan for kernels in a CPU worker fails at objects of llvmlite. Remove
+    when the scan passes over objects whose ``vars()`` are no dict.
 ``VLLM_USE_V2_MODEL_RUNNER`` (``frontend/runner_choice.py``)
     set to 0 where the proposer runs a draft model level by level. Remove when that
     is written for the second runner.

@@ -20,11 +20,13 @@ def register() -> None:
     """
     from vllm.engine.arg_utils import EngineArgs
 
+    from vllm_specplugin.vllm.compat.kernel_scan_fix import fix_kernel_scan
     from vllm_specplugin.vllm.cpu_kernels.prepare import prepare
 
     if getattr(EngineArgs.add_cli_args, _MARK, False):
         return
     _mend_if_measuring()
+    fix_kernel_scan()
     prepare()
     add_cli_args = EngineArgs.add_cli_args
     from_cli_args = EngineArgs.from_cli_args.__func__  # type: ignore[attr-defined]
