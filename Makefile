@@ -6,10 +6,11 @@
 #   make test-all      every test but the nightly ones
 #   make test-nightly  the rest of the grids
 #   make coverage      what no unit test runs
+#   make test-next     what vLLM may break, with the next vLLM's Python
 #   make lint          ruff, formatting, types, the graph of imports
 #   make fuzz          hostile drafts on real engines; ARGS="--workloads 500 --seed 1"
 #   make audit         the locked packages: consistent, and without known holes
-#   make clean         removes .venv and everything made
+#   make clean         removes .venv, .venv-next and everything made
 #
 # Tests run two at a time; ARGS="-k tree" goes to pytest.
 #
@@ -28,7 +29,17 @@ TORCH := $(shell sed -n 's/^torch==/&/p' $(LOCK))
 WITHOUT_VLLM := --ignore-glob='tests/vllm/test_*' $(addprefix --ignore=tests/vllm/,cpu_kernels interpreted mrv2)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help demo test test-all test-nightly coverage lint fuzz audit clean
+
+# What touches vLLM's internals, on each runner and either way of scheduling. The whole
+# suite a second time would take too long.
+NEXT := .venv-next
+NEXT_TESTS := $(addprefix tests/vllm/,test_drift.py test_releases.py test_vllm_names.py \
+	test_args.py test_runner_choice.py test_refusals.py test_worker.py \
+	cpu_kernels/test_pins.py engines/test_cpu_kernels.py servers/test_serving_statistics.py \
+	mrv2/test_text.py::test_text_is_vllms_own_without_speculation \
+	engines/test_exactness.py::test_text_is_the_same_as_without_speculation)
+
+.PHONY: help demo test test-all test-nightly test-next coverage lint fuzz audit clean
 .DELETE_ON_ERROR:
 
 help:
@@ -52,6 +63,10 @@ coverage: $(READY)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
+test-next: $(NEXT)/.ready
+	$(NEXT)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=10 \
+		-k "not chunked and not preempting" $(ARGS) $(NEXT_TESTS)
+
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -65,7 +80,7 @@ audit: $(READY)
 	$(BIN)/python tests/meta/audit.py
 
 clean:
-	rm -rf $(VENV) .typecheck .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(NEXT) .typecheck .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 	rm -f .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -80,3 +95,7 @@ $(READY): $(LOCK) pyproject.toml
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 	@echo "==> ready"
+
+$(NEXT)/.ready: $(READY) requirements/next.py requirements/next.txt
+	@$(BIN)/python requirements/next.py --folder $(NEXT)
+	@touch $@

@@ -102,9 +102,9 @@ def quicken_interpreter() -> None:
 
     if not kernels_are_interpreted():
         return
-    from vllm.v1.sample.ops import topk_topp_sampler
     from vllm.v1.worker.gpu.sample import sampler, states
 
-    plain = topk_topp_sampler.apply_top_k_top_p_pytorch
+    from vllm_specplugin.vllm.compat.versions import top_k_top_p_in_torch
+
     for module in (states, sampler):
-        module.__dict__["apply_top_k_top_p"] = plain
+        module.__dict__["apply_top_k_top_p"] = top_k_top_p_in_torch

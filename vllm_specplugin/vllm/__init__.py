@@ -29,7 +29,8 @@ Patches, each with the reason and when to remove it:
 ``InputProcessor._validate_params`` (``frontend/admission.py``)
     wrapped, the second by the first and only where the plugin is switched on, to
     refuse wrong ``spec_*`` options of a request with a 400. Remove when vLLM lets
-    plugins validate ``extra_args``.
+    plugins validate ``extra_args``. The first also gives the configuration back the
+    schedule of draft lengths that vLLM 0.33 drops (``compat/versions.py``).
 ``InputProcessor.process_inputs`` (``frontend/admission.py``)
     wrapped in the same place, to tell workers with whom a request shares what is
     learnt. Remove when ``NewRequestData`` has the ``cache_salt``.

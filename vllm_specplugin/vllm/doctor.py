@@ -12,9 +12,10 @@ from typing import Any
 
 from vllm_specplugin.errors import SpecPluginError
 from vllm_specplugin.tools.provenance import machine, versions
+from vllm_specplugin.vllm.compat.seam_list import SEAMS
 from vllm_specplugin.vllm.compat.seams import (
-    SEAMS,
     SUPPORTED,
+    changed_bodies,
     check_version,
     drift,
     installed_version,
@@ -166,8 +167,12 @@ def _seams() -> Iterator[Finding]:
         yield Finding(
             "seam", problem, bad=True, remedy="install a vLLM release that the plugin supports"
         )
-    if not problems:
-        yield Finding("seams", f"all {len(SEAMS)} as expected")
+    if problems:
+        return
+    yield Finding("seams", f"all {len(SEAMS)} as expected")
+    release, rewritten = changed_bodies()
+    for path in rewritten:
+        yield Finding("note", f"{path} is not written as in vLLM {release}")
 
 
 def _tree_attention() -> Iterator[Finding]:

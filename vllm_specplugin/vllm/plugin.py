@@ -54,7 +54,8 @@ def register() -> None:
     def with_checks(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
         from vllm_specplugin.config import CONFIG_KEY
 
-        if CONFIG_KEY in (self.additional_config or {}):
+        ours = CONFIG_KEY in (self.additional_config or {})
+        if ours:
             from vllm_specplugin.vllm.frontend.admission import check_requests_from_now_on
             from vllm_specplugin.vllm.frontend.args import check_worker
             from vllm_specplugin.vllm.frontend.response_stats import show_statistics
@@ -62,7 +63,12 @@ def register() -> None:
             check_worker(self.worker_cls)
             check_requests_from_now_on()
             show_statistics()
-        return create_engine_config(self, *args, **kwargs)
+        made = create_engine_config(self, *args, **kwargs)
+        if ours:
+            from vllm_specplugin.vllm.compat.versions import keep_schedule
+
+            keep_schedule(made, self.speculative_config)
+        return made
 
     setattr(with_flags, _MARK, True)
     EngineArgs.create_engine_config = with_checks  # type: ignore[method-assign]
@@ -72,7 +78,7 @@ def register() -> None:
 
 def _mend_if_measuring() -> None:
     """A server measured beside the plugin must not sample from uninitialised
-    memory; see ``vllm.repair``."""
+    memory; see ``compat/cpu_sampling_fix.py``."""
     from vllm_specplugin.utils.env import mending_wanted
 
     if mending_wanted():

@@ -47,6 +47,7 @@ class SpecWorkerMixin:
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
         self._warm_up()
+        self._forget_warm_up()
         logger.info(describe(self.model_runner))  # type: ignore[attr-defined]
         return result
 
@@ -59,6 +60,16 @@ class SpecWorkerMixin:
         if not self._warm:
             self._warm = True
             warm_up(self.model_runner)  # type: ignore[attr-defined]
+
+    def _forget_warm_up(self) -> None:
+        """Counters, step times and estimates of acceptance start afresh: vLLM warms
+        its second runner up with steps that look like traffic."""
+        runner = self.model_runner  # type: ignore[attr-defined]
+        if not runner.spec.requests.admitted:
+            return
+        runner.spec.forget_warm_up(runner)
+        if (path := getattr(runner, "spec_path", None)) is not None:
+            path.restart(same_proposer=True)
 
     def shutdown(self) -> None:
         if (spec := getattr(self.model_runner, "spec", None)) is not None:  # type: ignore[attr-defined]

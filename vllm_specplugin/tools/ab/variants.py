@@ -23,8 +23,10 @@ from typing import Any, Literal
 from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.registry import SCORERS
+from vllm_specplugin.vllm.compat.seams import installed_version
+from vllm_specplugin.vllm.compat.versions import methods_gone
 
-__all__ = ["VLLM_METHODS", "Variant", "parse_variant", "parse_variants"]
+__all__ = ["VLLM_METHODS", "Variant", "methods", "parse_variant", "parse_variants"]
 
 Kind = Literal["baseline", "vllm", "plugin", "url"]
 
@@ -39,6 +41,13 @@ VLLM_METHODS: Mapping[str, Mapping[str, Any]] = {
     "mlp_speculator": {"num_speculative_tokens": 4},
 }
 """Methods of vLLM and what they get unless the variant says otherwise."""
+
+
+def methods() -> Mapping[str, Mapping[str, Any]]:
+    """Those of :data:`VLLM_METHODS` that the installed vLLM has."""
+    gone = methods_gone(installed_version())
+    return {name: given for name, given in VLLM_METHODS.items() if name not in gone}
+
 
 DEFAULT_VARIANTS = ("baseline", "vllm:ngram", "suffix+exact+goodput")
 
@@ -128,14 +137,15 @@ def parse_variant(text: str) -> Variant:
         return Variant(name, spec, "baseline", engine)
     if head.startswith("vllm:") and "+" not in head:
         method = head.removeprefix("vllm:")
-        if method not in VLLM_METHODS:
+        offered = methods()
+        if method not in offered:
             raise _wrong(
                 text,
-                "a method of vLLM: " + ", ".join(VLLM_METHODS),
+                "a method of the installed vLLM: " + ", ".join(offered),
                 "name one of them, or add a scorer to use it as a proposer of "
                 "this plugin (vllm:ngram+exact)",
             )
-        config = {"method": method, **VLLM_METHODS[method], **options}
+        config = {"method": method, **offered[method], **options}
         return Variant(name, spec, "vllm", {**engine, "speculative_config": config})
     return Variant(name, spec, "plugin", engine, _speculate(text, head, options))
 

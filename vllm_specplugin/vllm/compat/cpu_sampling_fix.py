@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["expansion_is_broken", "mend_expansion"]
+__all__ = ["expand_batch_to_tokens", "expansion_is_broken", "mend_expansion"]
 
 
 def expansion_is_broken() -> bool:
@@ -30,21 +30,23 @@ def expansion_is_broken() -> bool:
     return out.tolist() != [0.5, 0.5, 0.25]
 
 
+def expand_batch_to_tokens(
+    x: torch.Tensor,
+    cu_num_tokens: torch.Tensor,
+    num_tokens: int,
+    replace_from: int = 0,
+    replace_to: int = 0,
+) -> torch.Tensor:
+    """As vLLM's, for any type of values."""
+    zero = cu_num_tokens.new_zeros(1)
+    counts = torch.diff(cu_num_tokens, prepend=zero).long()
+    if replace_from != replace_to:
+        x = torch.where(x == replace_from, replace_to, x)
+    return x.repeat_interleave(counts, output_size=num_tokens)
+
+
 def mend_expansion() -> None:
     """Replaces the function in this process."""
     from vllm.v1.sample import rejection_sampler
-
-    def expand_batch_to_tokens(
-        x: torch.Tensor,
-        cu_num_tokens: torch.Tensor,
-        num_tokens: int,
-        replace_from: int = 0,
-        replace_to: int = 0,
-    ) -> torch.Tensor:
-        zero = cu_num_tokens.new_zeros(1)
-        counts = torch.diff(cu_num_tokens, prepend=zero).long()
-        if replace_from != replace_to:
-            x = torch.where(x == replace_from, replace_to, x)
-        return x.repeat_interleave(counts, output_size=num_tokens)
 
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens

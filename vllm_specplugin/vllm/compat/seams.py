@@ -1,301 +1,43 @@
-"""What we rely on in vLLM, in one place.
+"""Whether the installed vLLM is one that the plugin can work with.
 
-:func:`drift` compares the installed vLLM with this list. It runs in the tests
-and in ``specplugin doctor``, so that an upstream change shows as a sentence and
-not as a strange failure.
+:func:`drift` compares the installed vLLM with :mod:`.seam_list`. It runs in the
+tests and in ``specplugin doctor``, so that an upstream change shows as a sentence
+and not as drafts that silently stop.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
-from functools import reduce
+import json
+import textwrap
+import typing
+from collections.abc import Callable, Iterator
+from functools import cache, reduce
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from vllm_specplugin.errors import UnsupportedError, complain
-from vllm_specplugin.vllm.compat.second_runner_seams import SECOND_RUNNER
+from vllm_specplugin.vllm.compat.seam_list import SEAMS, Seam
 
-__all__ = ["SUPPORTED", "check_version", "drift", "installed_version"]
+__all__ = [
+    "SUPPORTED",
+    "bodies",
+    "changed_bodies",
+    "check_version",
+    "drift",
+    "installed_version",
+]
 
-SUPPORTED = ("0.32",)
+SUPPORTED = ("0.32", "0.33")
 """Release series this plugin is tested with, as ``major.minor``."""
 
-_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
-_DRAFTER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
-_ATTENTION = "vllm.v1.attention.backend"
-_BUILDER = f"{_ATTENTION}:AttentionMetadataBuilder"
-
-SEAMS: dict[str, tuple[str, ...] | None] = {
-    # configuration and loading
-    "vllm.engine.arg_utils:EngineArgs.add_cli_args": ("parser",),
-    "vllm.engine.arg_utils:EngineArgs.from_cli_args": ("args",),
-    "vllm.engine.arg_utils:EngineArgs.create_engine_config": ("self",),
-    # requests' options are checked where vLLM checks sampling parameters; wrapped
-    # for want of a hook, to be removed when there is one
-    "vllm.v1.engine.input_processor:InputProcessor._validate_params": (
-        "self",
-        "params",
-        "supported_tasks",
-    ),
-    # where a request's parameters and its cache_salt are seen together; wrapped
-    "vllm.v1.engine.input_processor:InputProcessor.process_inputs": None,
-    "vllm.v1.engine:EngineCoreRequest": None,
-    # whose request it is; appended to vLLM's own list by `--middleware`
-    "vllm.entrypoints.serve.middleware.register:init_entrypoints_middleware": None,
-    # what a response tells of its request; wrapped for want of a field
-    "vllm.v1.engine.output_processor:OutputProcessor.process_outputs": None,
-    "vllm.v1.metrics.stats:RequestSpecDecodeMetrics.to_dict": ("self",),
-    "prometheus_client.mmap_dict:MmapedDict.write_value": ("self", "key", "value", "timestamp"),
-    "prometheus_client.multiprocess:MultiProcessCollector": ("registry", "path"),
-    "vllm.exceptions:VLLMValidationError": ("message", "parameter"),
-    "vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer": ("vllm_config",),
-    "vllm.v1.spec_decode.dynamic.utils:build_dynamic_sd_schedule_lookup": (
-        "num_speculative_tokens_per_batch_size",
-        "vllm_max_batch_size",
-        "vllm_num_speculative_tokens",
-    ),
-    # workers
-    "vllm.v1.worker.gpu_worker:Worker.init_device": ("self",),
-    "vllm.v1.worker.cpu_worker:CPUWorker.init_device": ("self",),
-    # the last moment at which kernels may be compiled
-    "vllm.v1.worker.gpu_worker:Worker._maybe_activate_jit_monitor": ("self",),
-    # the runner's steps that we override
-    f"{_RUNNER}._update_states": ("self", "scheduler_output"),
-    f"{_RUNNER}._prepare_inputs": ("self", "scheduler_output", "num_scheduled_tokens"),
-    f"{_RUNNER}._build_attention_metadata": None,
-    f"{_RUNNER}._input_fits_in_drafter": ("self", "common_attn_metadata"),
-    f"{_RUNNER}._sample": ("self", "logits", "spec_decode_metadata"),
-    f"{_RUNNER}.propose_draft_token_ids": (
-        "self",
-        "scheduler_output",
-        "sampled_token_ids",
-        "sampling_metadata",
-        "hidden_states",
-        "sample_hidden_states",
-        "aux_hidden_states",
-        "spec_decode_metadata",
-        "common_attn_metadata",
-        "slot_mappings",
-    ),
-    # draft models: drafts wait until tokens are booked (fourth of what it returns)
-    f"{_RUNNER}._bookkeeping_sync": None,
-    f"{_DRAFTER}.build_per_group_and_layer_attn_metadata": ("self", "common_attn_metadata"),
-    # draft models: which CUDA graph a pass takes, and where that reads its slots
-    "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch": ("self", "num_tokens"),
-    f"{_DRAFTER}._get_slot_mapping": ("self", "num_tokens", "slot_mapping"),
-    # choices of vLLM's drafters are steered here
-    f"{_DRAFTER}._sample_draft_tokens": ("self", "hidden_states", "sampling_metadata"),
-    "vllm.v1.attention.backend:CommonAttentionMetadata": (
-        "query_start_loc",
-        "query_start_loc_cpu",
-        "seq_lens",
-        "num_reqs",
-        "num_actual_tokens",
-        "max_query_len",
-        "max_seq_len",
-        "block_table_tensor",
-        "slot_mapping",
-        "causal",
-        "seq_lens_cpu_upper_bound",
-    ),
-    "vllm.forward_context:set_forward_context": None,
-    "vllm.config:VllmConfig.num_lookahead_tokens": None,
-    f"{_RUNNER}.load_model": None,
-    f"{_RUNNER}.initialize_kv_cache": None,
-    # heads on hidden states: those that come fourth to propose_draft_token_ids
-    "vllm.config:ModelConfig.get_hidden_size": ("self",),
-    # heads with caches: what they read of several layers, and that a cached prefix
-    # ends a block early
-    "vllm.model_executor.models.llama_eagle3:Eagle3LlamaForCausalLM.combine_hidden_states": (
-        "self",
-        "hidden_states",
-    ),
-    "vllm.config:SpeculativeConfig.use_eagle_block_drop": ("self",),
-    # sampling
-    "vllm.v1.sample.sampler:Sampler.apply_logits_processors": (
-        "self",
-        "logits",
-        "sampling_metadata",
-        "predict_bonus_token",
-    ),
-    "vllm.v1.sample.sampler:Sampler.apply_temperature": ("logits", "temp", "all_random"),
-    "vllm.v1.sample.sampler:Sampler.compute_logprobs": ("logits",),
-    "vllm.v1.sample.sampler:Sampler.gather_logprobs": ("logprobs", "num_logprobs", "token_ids"),
-    "vllm.v1.sample.sampler:Sampler.gather_specific_token_logprobs": (
-        "self",
-        "logprobs",
-        "logprob_token_ids",
-        "sampled",
-    ),
-    "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p": ("logits", "k", "p"),
-    "vllm.v1.sample.metadata:SamplingMetadata": (
-        "temperature",
-        "all_greedy",
-        "all_random",
-        "top_p",
-        "top_k",
-        "generators",
-        "max_num_logprobs",
-        "no_penalties",
-        "prompt_token_ids",
-        "frequency_penalties",
-        "presence_penalties",
-        "repetition_penalties",
-        "output_token_ids",
-        "allowed_token_ids_mask",
-        "bad_words_token_ids",
-        "logitsprocs",
-        "logprob_token_ids",
-        "spec_token_ids",
-        "thinking_budget_state_holder",
-    ),
-    "vllm.v1.sample.logits_processor:LogitsProcessors": ("logitsprocs",),
-    "vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor._mask_stop_token_logits": (
-        "self",
-        "logits",
-        "logits_slice",
-        "restore_logits_slice",
-    ),
-    "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder.update_state": (
-        "self",
-        "output_token_ids",
-        "spec_token_ids",
-        "repeat_indices",
-    ),
-    "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder.apply_to_logits": (
-        "self",
-        "logits",
-        "predict_bonus_token",
-        "spec_token_ids",
-    ),
-    # defects that measurements have to mend
-    "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens": (
-        "x",
-        "cu_num_tokens",
-        "num_tokens",
-        "replace_from",
-        "replace_to",
-    ),
-    "vllm.utils.cpu_triton_utils:_expand_kernel_impl": (
-        "output",
-        "input_val",
-        "cu_num_tokens",
-        "replace_from",
-        "replace_to",
-    ),
-    # measuring: parts of a step, and the serving benchmark
-    f"{_RUNNER}._model_forward": None,
-    "vllm.benchmarks.datasets:SampleRequest": (
-        "prompt",
-        "prompt_len",
-        "expected_output_len",
-        "request_overrides",
-    ),
-    "vllm.benchmarks.serve:benchmark": (
-        "task_type",
-        "endpoint_type",
-        "api_url",
-        "base_url",
-        "model_id",
-        "model_name",
-        "tokenizer",
-        "input_requests",
-        "logprobs",
-        "request_rate",
-        "burstiness",
-        "disable_tqdm",
-        "num_warmups",
-        "profile",
-        "selected_percentile_metrics",
-        "selected_percentiles",
-        "ignore_eos",
-        "goodput_config_dict",
-        "max_concurrency",
-        "lora_modules",
-        "extra_headers",
-        "extra_body",
-    ),
-    "vllm.v1.metrics.stats:RequestStateStats": ("first_token_ts", "last_token_ts"),
-    "vllm.v1.outputs:SamplerOutput": ("sampled_token_ids", "logprobs_tensors"),
-    # attention
-    "vllm.v1.attention.backends.registry:register_backend": ("backend", "class_path", "is_mamba"),
-    # the Triton kernel instead of the backend's; no CUDA graph may hold it
-    f"{_BUILDER}.get_cudagraph_support": ("vllm_config", "kv_cache_spec"),
-    f"{_ATTENTION}:AttentionImpl.fused_output_quant_supported": ("self", "quant_key"),
-    f"{_ATTENTION}:AttentionCGSupport.NEVER": None,
-    "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadata": (
-        "num_actual_tokens",
-        "max_query_len",
-        "query_start_loc",
-        "max_seq_len",
-        "seq_lens",
-        "block_table",
-        "slot_mapping",
-    ),
-    "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadata": (
-        "num_actual_tokens",
-        "max_query_len",
-        "query_start_loc",
-        "max_seq_len",
-        "seq_lens",
-        "block_table",
-        "slot_mapping",
-        "seq_threshold_3D",
-        "num_par_softmax_segments",
-        "softmax_segm_output",
-        "softmax_segm_max",
-        "softmax_segm_expsum",
-        "causal",
-    ),
-    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward": (
-        "self",
-        "layer",
-        "query",
-        "key",
-        "value",
-        "kv_cache",
-        "attn_metadata",
-        "output",
-        "output_scale",
-        "output_block_scale",
-    ),
-    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update": (
-        "self",
-        "layer",
-        "key",
-        "value",
-        "kv_cache",
-        "slot_mapping",
-    ),
-    "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.do_kv_cache_update": (
-        "self",
-        "layer",
-        "key",
-        "value",
-        "kv_cache",
-        "slot_mapping",
-    ),
-    "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.do_kv_cache_update": (
-        "self",
-        "layer",
-        "key",
-        "value",
-        "kv_cache",
-        "slot_mapping",
-    ),
-    # fuzzing: requests by the step, and what the scheduler made of them
-    "vllm.v1.engine.llm_engine:LLMEngine.step": ("self",),
-    "vllm.v1.engine.llm_engine:LLMEngine.abort_request": ("self", "request_ids"),
-    "vllm.v1.core.sched.scheduler:Scheduler.schedule": None,
-    "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks": ("self",),
-    "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p_pytorch": None,
-    "vllm.lora.request:LoRARequest": ("lora_name", "lora_int_id", "lora_path"),
-    **SECOND_RUNNER,
-}
-"""``module:attribute`` to the parameter names relied on, in order, or ``None``
-where only existence matters. Further parameters at the end are allowed where
-they have defaults."""
+BODIES = Path(__file__).with_name("seam_bodies.json")
+"""Hashes of the functions that we override, replace or call, by release. Made by
+``tests/meta/pin_seams.py``."""
 
 
 def installed_version() -> str | None:
@@ -325,32 +67,161 @@ def check_version() -> None:
 
 def drift() -> list[str]:
     """Differences between :data:`SEAMS` and the installed vLLM, as sentences."""
-    return [problem for path, names in SEAMS.items() if (problem := _check(path, names))]
+    return [problem for seam in SEAMS.values() for problem in _differences(seam)]
 
 
-def _check(path: str, names: tuple[str, ...] | None) -> str | None:
-    module_name, _, attributes = path.partition(":")
+def _differences(seam: Seam) -> Iterator[str]:
     try:
-        target: Any = reduce(getattr, attributes.split("."), importlib.import_module(module_name))
+        target = _resolve(seam.path)
     except (ImportError, AttributeError) as error:
-        return f"{path} is gone ({error})"
-    if names is None:
-        return None
+        yield f"{seam.path} is gone ({error})"
+        return
+    if seam.takes is not None and (problem := _parameters(target, seam.takes)):
+        yield f"{seam.path} {problem}"
+    if seam.gives and (found := values_returned(target)) != seam.gives:
+        yield f"{seam.path} returns {found or 'not so many'} values, expected {seam.gives}"
+    known = members(target) if seam.has else frozenset()
+    if missing := [name for name in seam.has if name not in known]:
+        yield f"{seam.path} has no {', '.join(missing)}"
+    if seam.ours and (problem := refuses(_resolve(seam.ours), target)):
+        yield f"{seam.path} may be called with {problem}, which {seam.ours} does not take"
+
+
+def _resolve(path: str) -> Any:
+    module, _, attributes = path.partition(":")
+    try:
+        return reduce(getattr, attributes.split("."), importlib.import_module(module))
+    except AttributeError:
+        return importlib.import_module(f"{module}.{attributes}")
+
+
+def _parameters(target: Any, names: tuple[str, ...]) -> str | None:
+    """What is wrong with the parameters of a function, or of a class, which we call
+    by keyword."""
     parameters = inspect.signature(target).parameters
     found = tuple(parameters)
-    extra_needed = [
+    needed = [
         name
-        for name in found[len(names) :]
-        if parameters[name].default is inspect.Parameter.empty
-        and parameters[name].kind
-        not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        for name, parameter in parameters.items()
+        if name not in names
+        and parameter.default is inspect.Parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
     missing = [name for name in names if name not in found]
-    if missing or extra_needed or (found[: len(names)] != names and not _is_class(target)):
-        return f"{path} takes {found}, expected {names}"
+    in_order = inspect.isclass(target) or found[: len(names)] == names
+    if missing or needed or not in_order:
+        return f"takes {found}, expected {names}" + (
+            f", and requires {', '.join(needed)}" if needed else ""
+        )
     return None
 
 
-def _is_class(target: object) -> bool:
-    # Dataclasses are built by keyword: the order of their fields may change.
-    return inspect.isclass(target)
+def values_returned(function: Any) -> int:
+    """How many values a function returns as a tuple: by its annotation, else by its
+    ``return`` statements; 0 if it is not a tuple or cannot be told."""
+    function = inspect.unwrap(function)
+    try:
+        annotation = typing.get_type_hints(function).get("return")
+    except Exception:  # names that exist for type checkers only
+        annotation = None
+    if typing.get_origin(annotation) is tuple:
+        parts = typing.get_args(annotation)
+        return 0 if Ellipsis in parts else len(parts)
+    (node,) = ast.parse(_source(function)).body
+    found = {
+        len(one.value.elts) if isinstance(one.value, ast.Tuple) else 0
+        for one in ast.walk(node)
+        if isinstance(one, ast.Return)
+    }
+    return found.pop() if len(found) == 1 else 0
+
+
+@cache
+def members(kind: Any) -> frozenset[str]:
+    """Attributes of a class, and those that its methods give to instances; or those
+    that a function gives to its first argument."""
+    names = set(dir(kind))
+    for base in getattr(kind, "__mro__", (kind,)):
+        names |= set(getattr(base, "__annotations__", ()))
+        try:
+            tree = ast.parse(_source(base))
+        except (OSError, TypeError):  # builtins
+            continue
+        (root,) = tree.body
+        owner = "self"
+        if not isinstance(root, ast.ClassDef):
+            owner = next(iter(inspect.signature(base).parameters))
+        for node in ast.walk(root):
+            match node:
+                case ast.Attribute(value=ast.Name(id=name), attr=stored, ctx=ast.Store()):
+                    if name == owner:
+                        names.add(stored)
+                case ast.Call(func=ast.Attribute(attr="register_buffer"), args=[first, *_]):
+                    if isinstance(first, ast.Constant):
+                        names.add(str(first.value))
+    return frozenset(names)
+
+
+def refuses(ours: Callable[..., Any], theirs: Callable[..., Any]) -> str | None:
+    """A parameter that vLLM may pass to ``theirs`` and that ``ours`` does not take.
+
+    Each has to be taken by keyword and by position; by keyword alone where ``ours``
+    collects the keywords it does not know.
+    """
+    kind = inspect.Parameter
+    accepted = list(inspect.signature(ours).parameters.values())
+    kinds = {parameter.kind for parameter in accepted}
+    named = {p.name for p in accepted if p.kind in (kind.POSITIONAL_OR_KEYWORD, kind.KEYWORD_ONLY)}
+    places = [p.name for p in accepted if p.kind is kind.POSITIONAL_OR_KEYWORD]
+    for place, given in enumerate(inspect.signature(theirs).parameters.values()):
+        if given.kind in (kind.VAR_POSITIONAL, kind.VAR_KEYWORD):
+            continue
+        if given.name not in named and kind.VAR_KEYWORD not in kinds:
+            return f"{given.name}="
+        if given.kind is kind.KEYWORD_ONLY:
+            continue
+        beyond = place >= len(places) and kinds & {kind.VAR_POSITIONAL, kind.VAR_KEYWORD}
+        if not beyond and places[place : place + 1] != [given.name]:
+            return f"{given.name} as argument {place + 1}"
+    return None
+
+
+def bodies() -> dict[str, str]:
+    """Hashes of the functions on the list, without comments and docstrings."""
+    found = {}
+    for path in SEAMS:
+        target = inspect.unwrap(_resolve(path))
+        if inspect.isfunction(target) and target.__module__.startswith("vllm."):
+            found[path] = sha256(_code(target).encode()).hexdigest()[:12]
+    return found
+
+
+def changed_bodies() -> tuple[str, list[str]]:
+    """The release that is pinned for the installed one's series, and the functions
+    that are not written as they were there. Each may be fine, and is to be read."""
+    series = ".".join((installed_version() or "").split(".")[:2])
+    release, pinned = next(
+        (release, hashes)
+        for release, hashes in json.loads(BODIES.read_text()).items()
+        if release.startswith(f"{series}.")
+    )
+    now = bodies()
+    return release, [path for path, one in pinned.items() if now.get(path) != one]
+
+
+def _source(target: Any) -> str:
+    return textwrap.dedent(inspect.getsource(target))
+
+
+def _code(function: Any) -> str:
+    """A function's lines without comments, docstring and white space: the same for
+    every version of Python, as a dump of its tree is not."""
+    source = _source(function)
+    (node,) = ast.parse(source).body
+    assert isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    lines = source.splitlines()
+    first = node.body[0]
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+        lines[first.lineno - 1 : first.end_lineno] = []
+    stripped = ("".join(line.split()) for line in lines)
+    return "\n".join(line for line in stripped if line and not line.startswith("#"))

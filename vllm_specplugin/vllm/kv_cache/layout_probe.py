@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vllm_specplugin.vllm.compat.versions import stores_before_attention
 from vllm_specplugin.vllm.tree_attention import gpu as device
 from vllm_specplugin.vllm.tree_attention.backend import TreeImpl
 from vllm_specplugin.vllm.tree_attention.reference import (
@@ -73,6 +74,8 @@ def why_no_trees(layer: Any) -> str | None:
         return "its layers share KV caches"
     if _quantised(layer) and not device.reads_type(layer.impl.kv_cache_dtype):
         return "the KV cache is quantised"
+    if stores_before_attention(layer):
+        return "the model stores keys and values before it calls attention"
     if layer.kv_cache.dim() != 4:
         return f"the KV cache has shape {tuple(layer.kv_cache.shape)}"
     return None

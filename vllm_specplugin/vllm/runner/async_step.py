@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm_specplugin.api.device_proposer import DeviceContext, DeviceProposer, OffersDevice
 from vllm_specplugin.errors import UnsupportedError, complain
 from vllm_specplugin.telemetry.counters import SpecMetrics
+from vllm_specplugin.vllm.compat.versions import limits
 from vllm_specplugin.vllm.kv_cache.path_compaction import compact_paths
 from vllm_specplugin.vllm.runner.bookkeeping import params_of
 from vllm_specplugin.vllm.runner.device_counters import DeviceCounters
@@ -65,7 +66,11 @@ class DeviceSteps:
     def _spec(self) -> SpecState:
         return self._runner.spec
 
-    def restart(self) -> None:
+    def restart(self, same_proposer: bool = False) -> None:
+        self._counters.settle(SpecMetrics())
+        self._failures = 0
+        if same_proposer:
+            return
         runner, parts = self._runner, self._spec.parts
         if not isinstance(parts.proposer, OffersDevice) or parts.config.scorer != "exact":
             raise UnsupportedError(
@@ -79,8 +84,6 @@ class DeviceSteps:
         self._proposer: DeviceProposer = parts.proposer.on_device(
             runner.num_speculative_steps, runner.device
         )
-        self._counters.settle(SpecMetrics())
-        self._failures = 0
 
     # ------------------------------------------------------------ requests
 
@@ -249,7 +252,7 @@ class DeviceSteps:
         runner, slots = self._runner, batch.idx_mapping
         states = runner.spec_sampler.sampling_states
         rows = batch.logits_indices[step.emitted_from]
-        top_k, top_p = states.get_top_k_top_p(slots, batch.idx_mapping_np)
+        top_k, top_p = limits(states, slots, batch.idx_mapping_np)
         return DeviceContext(
             last=runner.req_states.last_sampled_tokens[slots, 0],
             positions=runner.req_states.total_len.gpu[slots].long(),

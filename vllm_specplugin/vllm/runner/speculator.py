@@ -47,6 +47,8 @@ class TreeSpeculator:
             own = super().propose(  # type: ignore[misc]
                 input_batch, attn_metadata, slot_mappings, last_hidden_states, *args, **kwargs
             )
+            if kwargs.get("num_speculative_tokens") == 0:
+                own = None  # an old buffer: no request of the step can use drafts
         if step is None:
             shape = (input_batch.num_reqs, runner.num_speculative_steps)
             return (
@@ -64,6 +66,7 @@ class TreeSpeculator:
         draft_step: torch.Tensor,
         draft_logits: torch.Tensor | None,
         spec_step_idx: int = 0,
+        **more: Any,
     ) -> torch.Tensor:
         """``[requests]`` one step's tokens. Where drafts are not drawn they are chosen
         as the target chooses: with its noise, which vLLM's sampler takes unless it is
@@ -79,6 +82,7 @@ class TreeSpeculator:
                 draft_step,
                 draft_logits,
                 spec_step_idx,
+                **more,
             )
             return taken
         drafter: Any = self

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_specplugin.api import EngineInfo, Proposer, Scorer
+from vllm_specplugin.api import EngineInfo, ProposerBase, Scorer
 from vllm_specplugin.config import SpecConfig, build
 from vllm_specplugin.scorers.exact import ExactScorer
 from vllm_specplugin.step.drafting import Drafter
@@ -42,7 +42,7 @@ class Parts:
     scorer: RequestScorer
     fallback_scorer: Scorer
     """Decides a step that the chosen scorer fails on."""
-    proposer: Proposer
+    proposer: ProposerBase
     drafter: Drafter
     follows_native: bool
     """Whether a drafter of vLLM's drafts for the proposer."""
@@ -50,15 +50,20 @@ class Parts:
     """Whether that drafter is to choose with the requests' noise."""
 
     @classmethod
-    def build(cls, config: SpecConfig, runner: Any) -> Parts:
+    def build(cls, config: SpecConfig, runner: Any, proposer: ProposerBase | None = None) -> Parts:
         """Builds them for one of vLLM's runners, and begins the trace if there is one.
+
+        Args:
+            config: the operator's.
+            runner: one of vLLM's.
+            proposer: the one to go on with, else a new one is made.
 
         Raises:
             ConfigError: a name or an option is wrong.
             UnsupportedError: the proposer cannot run on so many ranks.
         """
         engine, metrics = describe_engine(runner, config), SpecMetrics()
-        proposer = build(config, "proposer", engine)
+        proposer = proposer or build(config, "proposer", engine)
         one_rank_only(proposer, runner.parallel_config.world_size)
         policy = build(config, "policy", engine)
         drafter = Drafter(proposer, policy, config, engine, metrics)
@@ -143,6 +148,13 @@ class SpecState:
         self.close()
         self.parts = Parts.build(config, runner)
         self.requests.trees.clear()
+
+    def forget_warm_up(self, runner: Any) -> None:
+        """Starts over after vLLM's warm-up, with the same proposer: with a second one
+        beside it, heads may not fit."""
+        self.close()
+        self.parts = Parts.build(self.parts.config, runner, self.parts.proposer)
+        self.requests = Requests()
 
     def close(self) -> None:
         """Ends the trace, if one is written, and the metrics."""

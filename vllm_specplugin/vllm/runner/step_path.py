@@ -84,8 +84,11 @@ class StepPath(Protocol):
         """What the scheduler is given, once; ``None`` leaves it to vLLM."""
         ...
 
-    def restart(self) -> None:
+    def restart(self, same_proposer: bool = False) -> None:
         """The runner has fresh parts.
+
+        Args:
+            same_proposer: all but the proposer, which keeps its state.
 
         Raises:
             UnsupportedError: this way of computing steps does not serve them.

@@ -63,7 +63,7 @@ class HostSteps:
     def _spec(self) -> SpecState:
         return self._runner.spec
 
-    def restart(self) -> None:
+    def restart(self, same_proposer: bool = False) -> None:
         self._drafts = DraftTokenIds([], [])
 
     def settle(self) -> None:

@@ -164,7 +164,8 @@ class TreeBuilder:
     _cudagraph_support = AttentionCGSupport.NEVER
 
     @classmethod
-    def get_cudagraph_support(cls, *_: Any) -> AttentionCGSupport:
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        del vllm_config, kv_cache_spec
         return AttentionCGSupport.NEVER
 
 
