@@ -42,7 +42,7 @@ def flags(**changes):
         ({"options": {"proposer": {"min_survival": float("nan")}}}, "=nan"),
         ({"options": {"proposer": {"coupled": 1}}}, "coupled=1"),
         ({"options": {"proposer": 3}}, "suffix options 3"),
-        ({"options": {"scorer": {"epsilon": 0.1}}}, "for scorer 'exact'"),
+        ({"options": {"scorer": {"epsilon": 0.1}}}, "for 'exact': expected no options"),
         ({"options": {"draft_timeout_ms": 0}}, "draft_timeout_ms=0"),
         ({"options": {"max_failures": 1.5}}, "max_failures=1.5"),
     ],

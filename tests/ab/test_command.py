@@ -50,7 +50,7 @@ def refused(capsys, *arguments: str) -> str:
     ("arguments", "message"),
     [
         (["--variant=sufix"], "variant 'sufix': proposer 'sufix'"),
-        (["--variant=vllm:x"], "expected a method of vLLM"),
+        (["--variant=vllm:x"], "expected a method of the installed vLLM"),
         (["--prompts=builtin:x"], "prompts 'builtin:x'"),
         (["--prompts=/nowhere/p.jsonl"], "prompt file /nowhere/p.jsonl"),
         (["--engine={"], "--engine '{'"),

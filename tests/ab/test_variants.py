@@ -67,7 +67,7 @@ def test_defaults_pairs_and_a_variant_beside_itself():
         ("suffix+exact+good", "policy 'good': expected one of .*goodput"),
         ("a+b+c+d", r"expected proposer\+scorer\+policy"),
         ("suffix+", r"expected proposer\+scorer\+policy"),
-        ("vllm:nothing", "expected a method of vLLM: ngram, .*add a scorer"),
+        ("vllm:nothing", "expected a method of the installed vLLM: ngram, .*add a scorer"),
         ("suffix:{oops}", "expected JSON behind the name"),
         ('suffix:{"max_nodes": 99}', "variant .*max_nodes=99: .*from 1 to 64"),
         ('suffix:{"proposer": {"no": 1}}', "variant .*no"),

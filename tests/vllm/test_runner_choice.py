@@ -10,6 +10,7 @@ import vllm.triton_utils
 
 from vllm_specplugin import ConfigError, speculate
 from vllm_specplugin.config import CONFIG_KEY
+from vllm_specplugin.vllm.cpu_kernels.prepare import SECOND_RUNNER
 from vllm_specplugin.vllm.frontend.args import DRAFTER
 
 VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
@@ -107,15 +108,29 @@ def test_vllms_drafters_stay_on_the_second_runner():
     assert asynchronous is False
 
 
-@pytest.mark.parametrize(("has_triton", "variable"), [(False, None), (True, "0")])
-def test_the_first_runner_is_kept_where_vllm_keeps_it(has_triton, variable, monkeypatch):
+@pytest.mark.parametrize("has_triton", [False, True])
+def test_the_first_runner_is_kept_where_the_operator_keeps_it(has_triton, monkeypatch):
     monkeypatch.setattr(vllm.triton_utils, "HAS_TRITON", has_triton)
-    if variable is not None:
-        monkeypatch.setenv(VARIABLE, variable)
+    monkeypatch.setenv(VARIABLE, "0")
     method, asynchronous, _ = told("token_recycling", policy="fixed")
     assert method["method"] == "custom_class"
     assert method["model"] == DRAFTER
     assert asynchronous is False
+
+
+def test_a_cpu_without_triton_has_the_second_runner_too(monkeypatch, caplog):
+    monkeypatch.setattr(vllm.triton_utils, "HAS_TRITON", False)
+    logging.getLogger("vllm_specplugin").propagate = True
+    with caplog.at_level("INFO", "vllm_specplugin"):
+        method, asynchronous, made = told("suffix")
+    assert method["method"] == "ngram_gpu"
+    assert asynchronous is False
+    assert made["additional_config"][SECOND_RUNNER] is True
+    assert caplog.messages == [], "vLLM schedules synchronously on a CPU anyway"
+    method, _, made = told("draft_model", options={"proposer": {"model": "m"}})
+    assert method["method"] == "draft_model"
+    assert SECOND_RUNNER not in made["additional_config"]
+    assert vllm.envs.VLLM_USE_V2_MODEL_RUNNER is None  # for other engines of the process
 
 
 def test_asynchronous_scheduling_cannot_be_forced():

@@ -18,6 +18,7 @@ AROUND: Mapping[str, tuple[Seam, ...]] = {
         Seam("vllm:envs"),
         Seam("vllm.envs:VLLM_USE_V2_MODEL_RUNNER"),
         Seam("vllm.triton_utils:HAS_TRITON"),
+        Seam("vllm.triton_utils:dispatcher"),
         Seam("vllm.platforms:current_platform"),
         Seam(
             "vllm.platforms.interface:Platform",

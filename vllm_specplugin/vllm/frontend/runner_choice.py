@@ -107,7 +107,8 @@ def choose_runner(
         )
     method = method or {"method": _DEVICE_METHOD}
     if nodes is None or asynchronous is False:
-        why = f"synchronous scheduling, because {reason}" if reason else ""
+        told = reason and not twins_needed()  # vLLM schedules so on a CPU anyway
+        why = f"synchronous scheduling, because {reason}" if told else ""
         return RunnerChoice(method, second=True, why=why)
     return RunnerChoice(method, second=True, nodes=nodes)
 
