@@ -130,7 +130,7 @@ def test_a_cpu_without_triton_has_the_second_runner_too(monkeypatch, caplog):
     method, _, made = told("draft_model", options={"proposer": {"model": "m"}})
     assert method["method"] == "draft_model"
     assert SECOND_RUNNER not in made["additional_config"]
-    assert vllm.envs.VLLM_USE_V2_MODEL_RUNNER is None  # for other engines of the process
+    assert vllm.envs.VLLM_USE_V2_MODEL_RUNNER is None  # other engines of the process
 
 
 def test_asynchronous_scheduling_cannot_be_forced():

@@ -5,7 +5,8 @@ vLLM picks its second model runner wherever there is Triton, unless the variable
 drafter lives on the device. The plugin keeps to that, except where its proposer,
 scorer or policy needs something else; then it says so. On a CPU without Triton it
 brings compiled kernels (:mod:`~vllm_specplugin.vllm.cpu_kernels`) and picks the
-second runner too; scheduling stays synchronous there, as vLLM has it.
+second runner too, except for proposers that have vLLM load a drafter; scheduling stays
+synchronous there, as vLLM has it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from vllm_specplugin.api.device_proposer import OffersDevice
 from vllm_specplugin.config import SpecConfig, resolve
 from vllm_specplugin.errors import ConfigError, complain
-from vllm_specplugin.utils.env import use_first_runner
+from vllm_specplugin.utils.env import cpu_second_runner_wanted, use_first_runner
 from vllm_specplugin.vllm.cpu_kernels.prepare import needed as twins_needed
 
 __all__ = ["DRIVEN", "RunnerChoice", "choose_runner", "second_runner_offered"]
@@ -79,6 +80,9 @@ def choose_runner(
     method = {k: v for k, v in asked.items() if k != DRIVEN}
     if not second_runner_offered():
         return RunnerChoice(method or fallback, second=False)
+    if method and twins_needed() and not cpu_second_runner_wanted():
+        # On a CPU drafters of vLLM's stay where their guesses are cut by top-k and top-p.
+        return RunnerChoice(method, second=False)
     needs_first = driven or method.get("method") in _FIRST_ONLY
     if needs_first:
         if envs.VLLM_USE_V2_MODEL_RUNNER:
@@ -89,7 +93,7 @@ def choose_runner(
                     "unset the variable",
                 )
             )
-        if driven and not twins_needed():  # vLLM sees by itself that it cannot run the others
+        if driven:  # vLLM sees by itself that it cannot run the others
             use_first_runner()
         why = f"vLLM's first model runner, because proposer {config.proposer!r} " + (
             "runs its draft model level by level" if driven else "is not on the second"
