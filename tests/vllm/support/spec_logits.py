@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-from vllm_specplugin.vllm.runner.step_in_flight import step_of
-
 _VALUES = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
 
 
@@ -22,28 +20,38 @@ def poison(llm: Any, request: dict[str, Any]) -> None:
     def install(worker: Any) -> None:
         runner = worker.model_runner
         vars(runner.model).pop("compute_logits", None)
+        vars(runner).pop("sample", None)
         if kind is None:
             return
-        compute = runner.model.compute_logits
+        compute, rows = runner.model.compute_logits, slice(0, 1)
 
         def spoilt(hidden: torch.Tensor, *args: Any) -> torch.Tensor:
             logits = compute(hidden, *args)
-            layout = getattr(_step(runner), "layout", None)
-            rows = 1 if layout is None else int(layout.starts[1])
-            logits[:rows, 7 if one else slice(None)] = _VALUES[kind]
+            step = getattr(runner, "spec_step", None)  # of the first runner
+            own = rows if step is None else slice(0, int(step.layout.starts[1]))
+            logits[own, 7 if one else slice(None)] = _VALUES[kind]
             return logits
 
         runner.model.compute_logits = spoilt
+        if not hasattr(runner, "spec_path"):
+            return
+        sample = runner.sample
+
+        def noted(hidden: torch.Tensor, batch: Any, grammar: Any) -> Any:
+            nonlocal rows
+            rows = _oldest(batch)
+            return sample(hidden, batch, grammar)
+
+        runner.sample = noted
 
     llm.collective_rpc(install)
 
 
-def _step(runner: Any) -> Any:
-    """The plugin's step that the runner computes, if it is ours."""
-    if (first := getattr(runner, "spec_step", None)) is not None:
-        return first
-    state = getattr(runner, "execute_model_state", None)
-    return None if state is None else step_of(state.input_batch)
+def _oldest(batch: Any) -> slice:
+    """Rows of the request that came first: the second runner sorts its batches."""
+    ages = [int(req_id.split("-")[0]) for req_id in batch.req_ids]
+    index = ages.index(min(ages))
+    return slice(*batch.cu_num_logits_np[index : index + 2].tolist())
 
 
 def step_times(llm: Any, request: dict[str, Any]) -> str:
