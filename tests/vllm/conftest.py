@@ -139,11 +139,13 @@ def engine(pytestconfig: pytest.Config) -> Iterator[Callable[[str], Engine]]:
 
     def get(name: str) -> Engine:
         if name not in started:
-            started[name] = (
-                start(name, None, **ENGINES["uncached"])
-                if name == "vllm"
-                else start(name, SWITCH, **ENGINES[name])
-            )
+            if name == "vllm":
+                started[name] = start(name, None, **ENGINES["uncached"])
+            elif name == "first":  # noise of the runner that draft models run on
+                environment = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+                started[name] = start(name, SWITCH, environment, **ENGINES["uncached"])
+            else:
+                started[name] = start(name, SWITCH, **ENGINES[name])
         one = started[name].wait_until_ready()
         assert isinstance(one, Engine)
         return one

@@ -40,7 +40,7 @@ def test_same_text_and_same_logits_as_a_fresh_prefill(
     temperature: float, drafting: Engine, prompts: list[list[int]], engine: Callable[[str], Engine]
 ) -> None:
     before, after = check_text_and_logits(
-        drafting, engine("uncached"), prompts, temperature=temperature, max_tokens=TOKENS, rows=200
+        drafting, engine("first"), prompts, temperature=temperature, max_tokens=TOKENS, rows=200
     )
     assert after["accepted"] - before["accepted"] > 50
     assert after["kv_rows_moved"] > before["kv_rows_moved"], "no tree was accepted"
@@ -71,7 +71,7 @@ def test_what_the_model_knows_survives_resets_and_reloads(
 def test_same_where_sizes_of_passes_are_those_of_graphs(
     drafting: Engine, prompts: list[list[int]], engine: Callable[[str], Engine]
 ) -> None:
-    check_whole_sizes(drafting, engine("uncached"), prompts)
+    check_whole_sizes(drafting, engine("first"), prompts)
 
 
 @pytest.mark.parametrize("drafting", ["chunked"], indirect=True)

@@ -63,7 +63,7 @@ def test_same_text_and_same_logits_as_a_fresh_prefill(
     temperature: float, drafting: Engine, prompts: list[list[int]], engine: Callable[[str], Engine]
 ) -> None:
     before, after = check_text_and_logits(
-        drafting, engine("uncached"), prompts, temperature=temperature, max_tokens=TOKENS, rows=150
+        drafting, engine("first"), prompts, temperature=temperature, max_tokens=TOKENS, rows=150
     )
     assert after["accepted"] - before["accepted"] >= ACCEPTED[drafting.name]
     assert drafting.ask("preemptions") > 0
@@ -73,7 +73,7 @@ def test_same_text_and_same_logits_as_a_fresh_prefill(
 def test_same_where_sizes_of_passes_are_those_of_graphs(
     drafting: Engine, prompts: list[list[int]], engine: Callable[[str], Engine]
 ) -> None:
-    check_whole_sizes(drafting, engine("uncached"), prompts)
+    check_whole_sizes(drafting, engine("first"), prompts)
 
 
 @pytest.mark.parametrize("drafting", ["eagle"], indirect=True)
