@@ -7,6 +7,7 @@
 #   make test-nightly  the rest of the grids
 #   make coverage      what no unit test runs
 #   make test-next     what vLLM may break, with the next vLLM's Python
+#   make test-next-engines  the same with engines
 #   make lint          ruff, formatting, types, the graph of imports
 #   make fuzz          hostile drafts on real engines; ARGS="--workloads 500 --seed 1"
 #   make audit         the locked packages: consistent, and without known holes
@@ -30,16 +31,18 @@ WITHOUT_VLLM := --ignore-glob='tests/vllm/test_*' $(addprefix --ignore=tests/vll
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 
-# What touches vLLM's internals, on each runner and either way of scheduling. The whole
-# suite a second time would take too long.
+# What touches vLLM's internals, without engines and with them. The whole suite a
+# second time would take too long.
 NEXT := .venv-next
 NEXT_TESTS := $(addprefix tests/vllm/,test_drift.py test_releases.py test_vllm_names.py \
 	test_args.py test_runner_choice.py test_refusals.py test_worker.py \
-	cpu_kernels/test_pins.py engines/test_cpu_kernels.py servers/test_serving_statistics.py \
+	cpu_kernels/test_pins.py)
+NEXT_ENGINES := $(addprefix tests/vllm/,engines/test_cpu_kernels.py \
+	servers/test_serving_statistics.py \
 	mrv2/test_text.py::test_text_is_vllms_own_without_speculation \
 	engines/test_exactness.py::test_text_is_the_same_as_without_speculation)
 
-.PHONY: help demo test test-all test-nightly test-next coverage lint fuzz audit clean
+.PHONY: help demo test test-all test-nightly test-next test-next-engines coverage lint fuzz audit clean
 .DELETE_ON_ERROR:
 
 help:
@@ -65,7 +68,11 @@ coverage: $(READY)
 
 test-next: $(NEXT)/.ready
 	$(NEXT)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=10 \
-		-k "not chunked and not preempting" $(ARGS) $(NEXT_TESTS)
+		$(ARGS) $(NEXT_TESTS)
+
+test-next-engines: $(NEXT)/.ready
+	$(NEXT)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=10 \
+		-k "not chunked and not preempting" $(ARGS) $(NEXT_ENGINES)
 
 lint: $(READY)
 	$(BIN)/ruff check
