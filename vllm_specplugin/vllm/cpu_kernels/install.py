@@ -18,20 +18,15 @@ __all__ = ["install"]
 _WORKER = "vllm.v1.worker.gpu_worker"
 _NGRAM = f"{PACKAGE}.spec_decode.ngram.speculator"
 
-_installed = False
-
 
 def install() -> None:
     """Puts twins in place of kernels, and a named error in place of the others.
 
-    Idempotent. To be called where vLLM runs on a CPU and has no Triton for it.
+    To be called once in a process, where vLLM runs on a CPU and has no Triton for it.
 
     Raises:
         UnsupportedError: a kernel is not the one its twin was written for.
     """
-    global _installed
-    if _installed:
-        return
     # It replaces parts of torch.cuda and of vLLM's utilities that the modules of the
     # second runner import by name: it must come first.
     importlib.import_module("vllm.v1.worker.cpu.shm")
@@ -42,7 +37,6 @@ def install() -> None:
     _replace_kernels()
     _name_the_others()
     vars(importlib.import_module(_NGRAM))["HAS_TRITON"] = True
-    _installed = True
 
 
 def _complete_placeholder() -> None:

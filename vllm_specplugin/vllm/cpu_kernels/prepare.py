@@ -126,6 +126,8 @@ _installed = False
 
 def _install() -> None:
     global _installed
+    if _installed:
+        return
     from vllm_specplugin.vllm.cpu_kernels.install import install
 
     install()

@@ -80,11 +80,9 @@ def choose_runner(
     method = {k: v for k, v in asked.items() if k != DRIVEN}
     if not second_runner_offered():
         return RunnerChoice(method or fallback, second=False)
-    if method and twins_needed() and not cpu_second_runner_wanted():
-        # On a CPU drafters of vLLM's stay where their guesses are cut by top-k and top-p.
-        return RunnerChoice(method, second=False)
-    needs_first = driven or method.get("method") in _FIRST_ONLY
-    if needs_first:
+    # On a CPU drafters of vLLM's stay where their guesses are cut by top-k and top-p.
+    stays = bool(method) and twins_needed() and not cpu_second_runner_wanted()
+    if stays or driven or method.get("method") in _FIRST_ONLY:
         if envs.VLLM_USE_V2_MODEL_RUNNER:
             raise ConfigError(
                 complain(
@@ -93,7 +91,7 @@ def choose_runner(
                     "unset the variable",
                 )
             )
-        if driven:  # vLLM sees by itself that it cannot run the others
+        if driven and not stays:  # vLLM sees by itself that it cannot run the others
             use_first_runner()
         why = f"vLLM's first model runner, because proposer {config.proposer!r} " + (
             "runs its draft model level by level" if driven else "is not on the second"

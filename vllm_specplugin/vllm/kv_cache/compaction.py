@@ -10,7 +10,7 @@ the backend's own ``do_kv_cache_update``, which knows its cache layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan
 if TYPE_CHECKING:
     from vllm_specplugin.vllm.kv_cache.rows import KVRows
 
-__all__ = ["compact", "device_rows", "draft_layers", "move_rows"]
+__all__ = ["compact", "device_rows", "draft_layers", "move_rows", "store_again"]
 
 _ROWS_ATTRIBUTE = "specplugin_kv_rows"
 
@@ -58,16 +58,34 @@ def compact(
     target = np.concatenate([move.target for move in moves])
     kept = torch.from_numpy(np.searchsorted(plan.node_rows, source)).to(plan.device)
     rows = torch.from_numpy(target).to(plan.device)
+    store_again(runner, plan.kept, slots, kept, rows)
+    return len(source)
+
+
+def store_again(
+    runner: Any,
+    put_aside: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    slots: Sequence[torch.Tensor],
+    kept: torch.Tensor,
+    rows: torch.Tensor,
+) -> None:
+    """Stores keys and values that were put aside, through each backend's own update.
+
+    Args:
+        runner: vLLM's runner, for its layers.
+        put_aside: keys and values of nodes, by layer.
+        slots: ``[rows]`` by group: cache slot of each flat row of the step.
+        kept: ``[n]`` which of the nodes put aside.
+        rows: ``[n]`` flat rows whose slots they belong to.
+    """
     context = runner.compilation_config.static_forward_context
     for gid, group in enumerate(runner.kv_cache_config.kv_cache_groups):
         where = slots[gid][rows]
         for name in group.layer_names:
-            if name not in plan.kept:  # a draft model's: it keeps its own
+            if name not in put_aside:  # a draft model's: it keeps its own
                 continue
-            layer = context[name]
-            key, value = plan.kept[name]
+            layer, (key, value) = context[name], put_aside[name]
             layer.impl.do_kv_cache_update(layer, key[kept], value[kept], layer.kv_cache, where)
-    return len(source)
 
 
 def device_rows(runner: Any) -> list[KVRows] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_specplugin.vllm.kv_cache.compaction import device_rows, move_rows
+from vllm_specplugin.vllm.kv_cache.compaction import device_rows, move_rows, store_again
 from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
 
 __all__ = ["compact_paths"]
@@ -37,28 +37,9 @@ def compact_paths(
         source = torch.where(misplaced, roots + nodes, -1)
         target = torch.where(misplaced, roots + depths, -1)
         move_rows(groups, list(slots), source, target)
-    else:
-        _store_again(runner, plan, slots, nodes, misplaced)
+    else:  # how many rows there are has to be known, so this waits
+        request, place = misplaced.nonzero(as_tuple=True)
+        kept = request * nodes.shape[1] + nodes[request, place] - 1
+        rows = plan.root_rows[request] + place + 1
+        store_again(runner, plan.kept, list(slots), kept, rows)
     return misplaced.sum()
-
-
-def _store_again(
-    runner: Any,
-    plan: DeviceTreePlan,
-    slots: torch.Tensor,
-    nodes: torch.Tensor,
-    misplaced: torch.Tensor,
-) -> None:
-    """From what the layers put aside, through the backend's own update; how many
-    rows there are has to be known, so this waits."""
-    request, place = misplaced.nonzero(as_tuple=True)
-    kept = request * nodes.shape[1] + nodes[request, place] - 1
-    rows = plan.root_rows[request] + place + 1
-    context = runner.compilation_config.static_forward_context
-    for gid, group in enumerate(runner.kv_cache_config.kv_cache_groups):
-        where = slots[gid][rows]
-        for name in group.layer_names:
-            if name not in plan.kept:  # a draft model's: it keeps its own
-                continue
-            layer, (key, value) = context[name], plan.kept[name]
-            layer.impl.do_kv_cache_update(layer, key[kept], value[kept], layer.kv_cache, where)
