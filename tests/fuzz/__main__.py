@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         "--runner",
         choices=("v1", "v2", "both"),
         default="both",
-        help="vLLM's model runners; the second is slow without a GPU (default: both)",
+        help="vLLM's model runners (default: both)",
     )
     parser.add_argument("--time", type=float, metavar="MINUTES", help="begin nothing after so long")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tests.fuzz import adversary_device
-from tests.fuzz.leak_check import Watch, leaks, quicken_interpreter
+from tests.fuzz.leak_check import Watch, leaks
 from vllm_specplugin.vllm.processes import engine
 
 __all__ = ["COMMANDS", "play"]
@@ -240,7 +240,6 @@ COMMANDS = {**engine.COMMANDS, "play": play, "preemptions": preemptions}
 
 def main(commands: Mapping[str, engine.Command] = COMMANDS) -> None:
     """Entry point of the process."""
-    quicken_interpreter()
     engine.main(commands)
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
-__all__ = ["Watch", "leaks", "quicken_interpreter"]
+__all__ = ["Watch", "leaks"]
 
 _PASSING = frozenset({"_last", "_sampled"})
 """Attributes that hold the last step only, and are overwritten by the next."""
@@ -93,18 +93,3 @@ def _strings(value: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
         for name, entry in getattr(value, "__dict__", {}).items():
             if name not in _PASSING and not name.startswith("_runner"):
                 yield from _strings(entry, f"{path}.{name}", depth + 1)
-
-
-def quicken_interpreter() -> None:
-    """Where Triton's kernels are interpreted, vLLM's for top-k and top-p takes
-    seconds a step: its own plain statement of it in torch stands in."""
-    from vllm_specplugin.utils.env import kernels_are_interpreted
-
-    if not kernels_are_interpreted():
-        return
-    from vllm.v1.worker.gpu.sample import sampler, states
-
-    from vllm_specplugin.vllm.compat.versions import top_k_top_p_in_torch
-
-    for module in (states, sampler):
-        module.__dict__["apply_top_k_top_p"] = top_k_top_p_in_torch

@@ -186,8 +186,9 @@ def start_engine(
     environment = {"OMP_NUM_THREADS": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
     overlay = ""
     if frame.runner == "v2":
-        overlay, needed = second_runner_on_cpu(frame.asynchronous)
-        environment |= {"VLLM_USE_V2_MODEL_RUNNER": "1", **needed}
+        environment |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "SPECPLUGIN_CPU_SECOND_RUNNER": "1"}
+        if frame.asynchronous:  # which vLLM's platform for CPUs turns off
+            overlay = str(_ROOT / "tests" / "support" / "cpu_async")
     # The engine imports the adversary by its name below the root.
     environment["PYTHONPATH"] = ":".join(filter(None, (overlay, path, str(_ROOT))))
     speculate = {
@@ -213,17 +214,3 @@ def start_engine(
         environment=environment,
         module=module,
     )
-
-
-def second_runner_on_cpu(asynchronous: bool) -> tuple[str, dict[str, str]]:
-    """What vLLM's second runner needs on a CPU: a folder on the path with a Triton
-    backend that interprets kernels, and variables. Nothing is needed with a GPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "", {}
-    overlay = _ROOT / "tests" / "support" / "triton_cpu"
-    return str(overlay), {
-        "TRITON_INTERPRET": "1",
-        "TRITON_CPU_ASYNC": str(int(asynchronous)),
-    }

@@ -17,7 +17,6 @@ __all__ = [
     "cache_dir",
     "child_environment",
     "cpu_second_runner_wanted",
-    "kernels_are_interpreted",
     "make_stats_dir",
     "mending_wanted",
     "shared_stats_dir",
@@ -71,11 +70,6 @@ def make_stats_dir() -> Path:
 
     atexit.register(remove)
     return folder
-
-
-def kernels_are_interpreted() -> bool:
-    """Whether Triton interprets kernels (``$TRITON_INTERPRET``)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def mending_wanted() -> bool:

@@ -9,8 +9,6 @@ from vllm_specplugin.vllm.compat.seam import Seam, names
 __all__ = ["AROUND"]
 
 _V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
-_GPU = "vllm.v1.worker.gpu"
-_TOP = "vllm.v1.sample.ops.topk_topp_sampler"
 _OURS = "vllm_specplugin.vllm"
 
 AROUND: Mapping[str, tuple[Seam, ...]] = {
@@ -213,14 +211,5 @@ AROUND: Mapping[str, tuple[Seam, ...]] = {
         Seam("vllm.v1.core.sched.scheduler:Scheduler.schedule"),
         Seam("vllm.v1.core.block_pool:BlockPool.get_num_free_blocks", ("self",)),
         Seam("vllm.lora.request:LoRARequest", ("lora_name", "lora_int_id", "lora_path")),
-        # Kernels for top-k and top-p that take too long where they are interpreted.
-        Seam(f"{_TOP}:apply_top_k_top_p_pytorch", ("logits", "k", "p")),
-        *(
-            Seam(
-                f"{_GPU}.sample.{module}:apply_top_k_top_p",
-                ours=f"{_OURS}.compat.versions:top_k_top_p_in_torch",
-            )
-            for module in ("sampler", "states")
-        ),
     ),
 }

@@ -16,7 +16,6 @@ __all__ = [
     "limits",
     "methods_gone",
     "stores_before_attention",
-    "top_k_top_p_in_torch",
 ]
 
 REMOVED_METHODS = {"0.33": ("medusa", "mlp_speculator")}
@@ -86,15 +85,6 @@ def keep_schedule(vllm_config: Any, asked: Any) -> None:
     if vllm_config.parallel_config.data_parallel_size > 1:
         return  # every release drops it there: ranks would disagree on the length
     vllm_config.speculative_config.num_speculative_tokens_per_batch_size = asked[name]
-
-
-def top_k_top_p_in_torch(logits: Any, k: Any, p: Any, **_: Any) -> Any:
-    """vLLM's own statement of top-k and top-p in torch, for where its kernel takes
-    seconds because Triton interprets it. vLLM 0.33 passes the kernel a hint more.
-    Until the statement takes what the kernel takes."""
-    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
-
-    return apply_top_k_top_p_pytorch(logits, k, p)
 
 
 def stores_before_attention(layer: Any) -> bool:

@@ -1,8 +1,8 @@
-"""Test support: vLLM's second model runner on a CPU.
+"""Test support: kernels of vLLM and of the plugin in Triton's interpreter.
 
 vLLM uses Triton on CPU once a Triton backend named ``cpu`` is installed. This
 one compiles nothing: kernels run in Triton's own interpreter, whose defects
 ``fixes`` mends. Put the folder above on ``PYTHONPATH`` (the ``dist-info`` beside
 this package has the entry points) and set ``TRITON_INTERPRET=1`` before Python
-starts. ``TRITON_CPU_ASYNC=1`` also lets vLLM schedule asynchronously on CPU.
+starts.
 """
