@@ -155,12 +155,10 @@ def _diverge(flag: Path) -> None:
     """From the time a file exists the second rank lays out chains for trees."""
     from vllm.distributed.parallel_state import get_tp_group
 
-    from vllm_specplugin.vllm.runner import sync_step
-    from vllm_specplugin.vllm.runner_v1 import tree_runner
+    from vllm_specplugin.vllm.runner import bookkeeping
 
-    whole = tree_runner.scheduled_tree
+    whole = bookkeeping.scheduled_tree
     if get_tp_group().rank_in_group == 1:
-        for module in (tree_runner, sync_step):
-            module.scheduled_tree = lambda scheduled, drafted: whole(
-                scheduled, None if flag.exists() else drafted
-            )
+        bookkeeping.scheduled_tree = lambda scheduled, drafted: whole(
+            scheduled, None if flag.exists() else drafted
+        )

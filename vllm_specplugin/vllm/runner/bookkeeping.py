@@ -15,18 +15,27 @@ import torch
 from vllm_specplugin.api import RequestView, ScoreBatch, ScoreResult, StepOutcome
 from vllm_specplugin.step.draft_request import DraftInputs, DraftRequest
 from vllm_specplugin.trees.draft_probs import DraftProbs, batch_probs
-from vllm_specplugin.trees.step_layout import StepLayout
+from vllm_specplugin.trees.step_layout import StepLayout, scheduled_tree
 from vllm_specplugin.trees.tree import DraftTree
 from vllm_specplugin.vllm.runner.state import SpecState
 from vllm_specplugin.vllm.runner.step_in_flight import HostStep
-from vllm_specplugin.vllm.runner.tensor_parallel import draft_on_first_rank
+from vllm_specplugin.vllm.runner.tensor_parallel import draft_on_first_rank, fingerprint
+from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-__all__ = ["GREEDY", "count_step", "draft_batch", "draft_request", "params_of", "score_rows"]
+__all__ = [
+    "GREEDY",
+    "count_step",
+    "draft_batch",
+    "draft_request",
+    "lay_out",
+    "params_of",
+    "score_rows",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +47,44 @@ def params_of(request: NewRequestData | CachedRequestState) -> SamplingParams:
     """A request's parameters; those without any are a pooling model's."""
     assert request.sampling_params is not None, "pooling models are refused at start"
     return request.sampling_params
+
+
+def lay_out(
+    spec: SpecState,
+    req_ids: Sequence[str],
+    scheduled: Mapping[str, Sequence[int]],
+    computed: npt.NDArray[np.integer],
+    num_scheduled: npt.NDArray[np.integer],
+    device: torch.device,
+    started: float,
+) -> HostStep:
+    """Finds the tree behind each scheduled draft and lays out the step's rows.
+
+    Args:
+        spec: the plugin's part of the runner.
+        req_ids: ``[requests]`` in the order of the batch.
+        scheduled: draft tokens that the scheduler gave rows to, by request.
+        computed: ``[requests]`` tokens whose keys and values are in the cache.
+        num_scheduled: ``[requests]`` tokens of the step.
+        device: where the engine computes.
+        started: when its preparation began, by ``time.perf_counter()``.
+    """
+    drafted = spec.requests.trees
+    trees = [scheduled_tree(scheduled.get(r, ()), drafted.get(r)) for r in req_ids]
+    ends = np.cumsum(num_scheduled).tolist()
+    lengths = (computed + num_scheduled).tolist()
+    layout = StepLayout(
+        trees=trees,
+        root_rows=[end - 1 - len(tree) for end, tree in zip(ends, trees)],
+        root_positions=[length - 1 - len(tree) for length, tree in zip(lengths, trees)],
+    )
+    return HostStep(
+        plan=TreeAttentionPlan.of(layout, num_scheduled, device),
+        layout=layout,
+        num_tokens=ends[-1],
+        started=started,
+        fingerprint=fingerprint(layout),
+    )
 
 
 def score_rows(

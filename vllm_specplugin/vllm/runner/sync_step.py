@@ -17,13 +17,13 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_specplugin.api import ScoreResult, TargetRows
 from vllm_specplugin.step.draft_request import DraftInputs, DraftRequest
-from vllm_specplugin.trees.step_layout import StepLayout, scheduled_tree
 from vllm_specplugin.vllm.kv_cache.compaction import compact
 from vllm_specplugin.vllm.runner.bookkeeping import (
     GREEDY,
     count_step,
     draft_batch,
     draft_request,
+    lay_out,
     params_of,
     score_rows,
 )
@@ -32,9 +32,7 @@ from vllm_specplugin.vllm.runner.speculator import VllmDrafts
 from vllm_specplugin.vllm.runner.state import SpecState
 from vllm_specplugin.vllm.runner.step_in_flight import HostStep, StepInFlight
 from vllm_specplugin.vllm.runner.target_rows import likeliest, show, target_rows
-from vllm_specplugin.vllm.runner.tensor_parallel import fingerprint
 from vllm_specplugin.vllm.runner.token_history import TokenHistory
-from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
@@ -78,26 +76,14 @@ class HostSteps:
     def prepare(
         self, scheduler_output: SchedulerOutput, batch: InputBatch, started: float
     ) -> HostStep:
-        scheduled = scheduler_output.scheduled_spec_decode_tokens
-        drafted = self._spec.requests.trees
-        trees = [
-            scheduled_tree(scheduled.get(req_id, ()), drafted.get(req_id))
-            for req_id in batch.req_ids
-        ]
-        ends = batch.query_start_loc_np[1:].tolist()
-        lengths = (batch.num_computed_tokens_np + batch.num_scheduled_tokens).tolist()
-        layout = StepLayout(
-            trees=trees,
-            root_rows=[end - 1 - len(tree) for end, tree in zip(ends, trees)],
-            root_positions=[n - 1 - len(tree) for n, tree in zip(lengths, trees)],
-        )
-        scheduled_tokens, device = batch.num_scheduled_tokens, self._runner.device
-        return HostStep(
-            plan=TreeAttentionPlan.of(layout, scheduled_tokens, device),
-            layout=layout,
-            num_tokens=batch.num_tokens,
-            started=started,
-            fingerprint=fingerprint(layout),
+        return lay_out(
+            self._spec,
+            batch.req_ids,
+            scheduler_output.scheduled_spec_decode_tokens,
+            batch.num_computed_tokens_np,
+            batch.num_scheduled_tokens,
+            self._runner.device,
+            started,
         )
 
     def sample(

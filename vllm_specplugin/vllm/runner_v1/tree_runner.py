@@ -33,27 +33,25 @@ from vllm.v1.outputs import SamplerOutput
 from vllm_specplugin.api import RequestView, TargetRows
 from vllm_specplugin.noise.gumbel import request_seed
 from vllm_specplugin.step.draft_request import DraftInputs, DraftRequest
-from vllm_specplugin.trees.step_layout import StepLayout, scheduled_tree
 from vllm_specplugin.vllm.kv_cache.compaction import compact, draft_layers
 from vllm_specplugin.vllm.runner.bookkeeping import (
     GREEDY,
     count_step,
     draft_batch,
     draft_request,
+    lay_out,
     params_of,
     score_rows,
 )
 from vllm_specplugin.vllm.runner.state import SpecState
 from vllm_specplugin.vllm.runner.step_in_flight import HostStep
 from vllm_specplugin.vllm.runner.target_rows import likeliest, show, target_rows
-from vllm_specplugin.vllm.runner.tensor_parallel import fingerprint
 from vllm_specplugin.vllm.runner.tree_support import chains_only_reason
 from vllm_specplugin.vllm.runner_v1.draft_loading import load_draft_model
 from vllm_specplugin.vllm.runner_v1.logits import gather_logprobs, process_logits
 from vllm_specplugin.vllm.runner_v1.native_drafts import NativeCall
 from vllm_specplugin.vllm.runner_v1.paged_model import DraftSession, PagedDraftModel
 from vllm_specplugin.vllm.tree_attention.backend import PLAN_ATTRIBUTE
-from vllm_specplugin.vllm.tree_attention.plan import TreeAttentionPlan
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -110,38 +108,24 @@ class TreeRunnerV1(_Runner):
     ) -> Any:
         started = time.perf_counter()
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        layout = self._lay_out(scheduler_output, num_scheduled_tokens)
-        plan = TreeAttentionPlan.of(layout, num_scheduled_tokens, self.positions.device)
-        if plan is not None:
-            plan.place(self.positions)
-        self.spec_step = HostStep(
-            plan=plan,
-            layout=layout,
-            num_tokens=int(num_scheduled_tokens.sum()),
-            started=started,
-            fingerprint=fingerprint(layout),
-        )
-        return prepared
-
-    def _lay_out(self, scheduler_output: Any, num_scheduled_tokens: Any) -> StepLayout:
-        batch = self.input_batch
-        scheduled = scheduler_output.scheduled_spec_decode_tokens
-        trees = [
-            scheduled_tree(scheduled.get(req_id, ()), self.spec.requests.trees.get(req_id))
-            for req_id in batch.req_ids
-        ]
-        ends = np.cumsum(num_scheduled_tokens).tolist()
-        computed = batch.num_computed_tokens_cpu[: len(trees)].tolist()
-        counts = num_scheduled_tokens.tolist()
+        batch, scheduled = self.input_batch, scheduler_output.scheduled_spec_decode_tokens
         if any(-1 in drafts for drafts in scheduled.values()):
             # Placeholders are verified and rejected like any wrong draft, but
             # have to be tokens for the embedding.
-            self.input_ids.gpu[: ends[-1]].clamp_(min=0)
-        return StepLayout(
-            trees=trees,
-            root_rows=[end - 1 - len(tree) for end, tree in zip(ends, trees)],
-            root_positions=[c + n - 1 - len(tree) for c, n, tree in zip(computed, counts, trees)],
+            self.input_ids.gpu[: num_scheduled_tokens.sum()].clamp_(min=0)
+        computed = batch.num_computed_tokens_cpu[: len(batch.req_ids)]
+        self.spec_step = step = lay_out(
+            self.spec,
+            batch.req_ids,
+            scheduled,
+            computed,
+            num_scheduled_tokens,
+            self.positions.device,
+            started,
         )
+        if step.plan is not None:
+            step.plan.place(self.positions)
+        return prepared
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         metadata, common = super()._build_attention_metadata(*args, **kwargs)
