@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import vllm.envs
 import vllm.triton_utils
@@ -30,7 +28,6 @@ def told(proposer, **options):
 
 
 def test_host_side_proposers_are_scheduled_synchronously(caplog):
-    logging.getLogger("vllm_specplugin").propagate = True
     with caplog.at_level("INFO", "vllm_specplugin"):
         method, asynchronous, _ = told("suffix", max_nodes=9)
     assert method["method"] == "ngram_gpu"
@@ -68,7 +65,6 @@ def test_device_side_proposers_keep_vllms_scheduling(proposer, own, caplog):
     ],
 )
 def test_what_makes_device_side_proposers_synchronous(arguments, because, caplog):
-    logging.getLogger("vllm_specplugin").propagate = True
     with caplog.at_level("INFO", "vllm_specplugin"):
         _, asynchronous, _ = told("token_recycling", **arguments)
     assert asynchronous is False
@@ -76,7 +72,6 @@ def test_what_makes_device_side_proposers_synchronous(arguments, because, caplog
 
 
 def test_a_model_run_level_by_level_goes_to_the_first_runner(caplog):
-    logging.getLogger("vllm_specplugin").propagate = True
     with caplog.at_level("INFO", "vllm_specplugin"):
         method, asynchronous, _ = told("draft_model", options={"proposer": {"model": "m"}})
     assert method["method"] == "draft_model"
@@ -94,7 +89,6 @@ def test_it_is_refused_where_the_second_is_asked_for(monkeypatch):
 
 
 def test_what_vllm_keeps_on_its_first_runner_is_said(caplog):
-    logging.getLogger("vllm_specplugin").propagate = True
     with caplog.at_level("INFO", "vllm_specplugin"):
         method, _, _ = told("vllm:suffix")
     assert method["method"] == "suffix"
@@ -120,7 +114,6 @@ def test_the_first_runner_is_kept_where_the_operator_keeps_it(has_triton, monkey
 
 def test_a_cpu_without_triton_has_the_second_runner_too(monkeypatch, caplog):
     monkeypatch.setattr(vllm.triton_utils, "HAS_TRITON", False)
-    logging.getLogger("vllm_specplugin").propagate = True
     with caplog.at_level("INFO", "vllm_specplugin"):
         method, asynchronous, made = told("suffix")
     assert method["method"] == "ngram_gpu"
