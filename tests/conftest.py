@@ -28,8 +28,9 @@ TIERS: dict[str, tuple[str, ...]] = {
     "meta": ("lint",),
     "gpu": ("gpu",),
     "load": ("server", "load"),
-    "ab/test_end_to_end.py": ("engine",),
-    "ab/test_serve_vllm.py": ("server",),
+    "examples": ("example",),
+    "tools/ab/test_end_to_end.py": ("engine",),
+    "tools/ab/test_serve_vllm.py": ("server",),
     "vllm": ("adapter",),
     "vllm/cpu_kernels/test_twins.py": ("interpreted",),
     "vllm/cpu_kernels/twins": ("interpreted",),
@@ -39,11 +40,11 @@ TIERS: dict[str, tuple[str, ...]] = {
     "vllm/test_interpreted.py": ("interpreted",),
     "vllm/servers": ("server",),
 }
-SLOWEST_FIRST = ["engine", "interpreted", "server", "gpu", "adapter", "unit", "lint"]
+SLOWEST_FIRST = ["engine", "interpreted", "server", "gpu", "adapter", "example", "unit", "lint"]
 """A long group that starts last leaves one worker idle."""
 ENGINES_OF = ["vllm/engines/test_cpu_kernels", "vllm/mrv2", "vllm"]
 """What has an ``engine`` fixture of its own, the inner ones first."""
-LIGHT = {"unit", "lint"}
+LIGHT = {"unit", "example", "lint"}
 """Tiers whose tests must not import vLLM, which takes longer than most of them."""
 
 

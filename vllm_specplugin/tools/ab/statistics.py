@@ -14,7 +14,7 @@ the range of the rounds alone has the confidence (that all n fall on one side of
 center has probability :math:`2^{1-n}`, whatever their law: 8 rounds for 99%), the
 interval also covers it; for fewer, Student's interval. Simulated at 99% on normal, t3
 and spiky noise, an A/A comparison is called different in 0.5 to 1.7% of cells
-(``tests/ab/test_statistics.py``).
+(``tests/tools/ab/test_statistics.py``).
 """
 
 from __future__ import annotations

@@ -7,9 +7,8 @@ import json
 
 from examples.demo import run as module
 from examples.demo.run import demo
+from tests.tools.ab.fakes import FakeEngine
 from vllm_specplugin.tools.ab import measure as measuring
-
-from ..ab.fakes import FakeEngine
 
 
 def run(monkeypatch, tmp_path, capsys, behave) -> tuple[int, str, str]:
@@ -36,7 +35,7 @@ def test_the_table_and_the_figures(monkeypatch, tmp_path, capsys):
 
 
 def test_an_engine_that_fails_fails_the_demo(monkeypatch, tmp_path, capsys):
-    from ..ab.fakes import dies
+    from tests.tools.ab.fakes import dies
 
     code, out, err = run(monkeypatch, tmp_path, capsys, {"no drafts": dies(at=2)})
     assert code == 1

@@ -5,6 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 
+import pytest
+
+from vllm_specplugin.tools.ab.servers import ServerProcess, free_port
+from vllm_specplugin.tools.engine_client import EngineError
+
 from .test_end_to_end import ENVIRONMENT, command, rows
 
 
@@ -34,3 +39,14 @@ def test_real_servers_under_vllms_own_load(tmp_path):
         text = rows(report, cell)["suffix"]["text"]["compared"]
         assert [(one["to"], one["identical"]) for one in text] == [("vllm:ngram", 4)]
     assert "TTFT" in (tmp_path / "report.md").read_text()
+
+
+def test_a_server_that_does_not_start_says_why():
+    server = ServerProcess("x", "/nowhere", ["--no-such-flag"], free_port(), mend=False)
+    try:
+        with pytest.raises(EngineError, match="ended with code 2") as caught:
+            server.wait_until_ready()
+        assert "--no-such-flag" in str(caught.value)
+    finally:
+        server.close()
+    server.close()

@@ -12,7 +12,7 @@ from examples.train_heads import __main__ as cli
 from examples.train_heads.__main__ import expected_tokens, main
 from examples.train_heads.calibration import _SPREADS, _losses, calibrate_heads
 from examples.train_heads.target import load_target
-from tests.heads.conftest import VOCAB, regular_text
+from tests.examples.train_heads.conftest import VOCAB, regular_text
 from vllm_specplugin.heads.accuracies import HeadCalibration
 from vllm_specplugin.heads.medusa import HeadShape, MedusaHeads, save_heads
 from vllm_specplugin.noise.gumbel import gumbel

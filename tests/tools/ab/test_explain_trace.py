@@ -7,7 +7,7 @@ import pytest
 from vllm_specplugin.step.trace import TraceError
 from vllm_specplugin.tools.ab.explain import explain_command, explain_trace
 
-from ..tools.test_replay import record
+from ..test_replay import record
 
 
 def test_parts_of_a_trace_are_what_was_recorded(tmp_path, capsys):

@@ -12,7 +12,7 @@ from examples.train_heads import train as training
 from examples.train_heads.__main__ import main
 from examples.train_heads.target import load_target, read_tokens
 from examples.train_heads.train import TrainSettings, evaluate, new_heads, train_heads
-from tests.heads.conftest import VOCAB, regular_text
+from tests.examples.train_heads.conftest import VOCAB, regular_text
 from vllm_specplugin import ConfigError, UnsupportedError
 from vllm_specplugin.heads.medusa import load_heads
 from vllm_specplugin.tools.prompt_files import PromptFileError

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-EXAMPLE = HERE.parents[1] / "examples" / "ab.sh"
-TARGET = HERE.parents[1] / "examples" / "models" / "target"
+EXAMPLE = HERE.parents[2] / "examples" / "ab.sh"
+TARGET = HERE.parents[2] / "examples" / "models" / "target"
 OURS = "suffix+exact+goodput"
 ENGINE = {
     "dtype": "float32",
