@@ -7,6 +7,7 @@ any other proposer, so under ``exact`` the same text, without speculation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from vllm_specplugin.api import ProposeContext, ProposerBase
 from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
@@ -16,6 +17,11 @@ __all__ = ["NoProposer"]
 
 class NoProposer(ProposerBase):
     """Drafts nothing."""
+
+    @classmethod
+    def steady_length(cls, config: Any) -> int:
+        del config
+        return 0
 
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
         return [EMPTY_TREE] * len(ctx.requests)

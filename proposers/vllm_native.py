@@ -90,6 +90,10 @@ class NativeProposer(ProposerBase):
             "method": cls.method,
         }
 
+    @classmethod
+    def steady_length(cls, config: Config) -> int:
+        return config.length
+
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
         if not ctx.requests:
             return []

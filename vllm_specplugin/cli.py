@@ -53,6 +53,15 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--url", help="with --json: add the status of a running server, http://localhost:8000"
     )
+    doctor.add_argument(
+        "--meter", metavar="MODEL", help="count what a decoding step asks of the host"
+    )
+    doctor.add_argument(
+        "--variant",
+        action="append",
+        metavar="SPEC",
+        help="with --meter: what to compare, as for `specplugin ab`; repeat",
+    )
     doctor.set_defaults(run=_doctor)
 
     _add_replay(commands)
@@ -130,6 +139,10 @@ def _list(_: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from vllm_specplugin.vllm.doctor import examine, facts
 
+    if args.meter:
+        return _meter(args)
+    if args.variant:
+        raise ConfigError(complain("--variant", "--meter MODEL beside it", "add it"))
     if args.json:
         with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to standard output
             found = facts(list(examine()), args.url)
@@ -146,6 +159,17 @@ def _doctor(args: argparse.Namespace) -> int:
         bad |= finding.bad
     print("the plugin would not work here" if bad else "the plugin works here")
     return 1 if bad else 0
+
+
+def _meter(args: argparse.Namespace) -> int:
+    from vllm_specplugin.tools.meter import meter_variants, table
+
+    rows = []
+    for row in meter_variants(args.meter, args.variant or ()):
+        print(f"metered {row[0].name}: {row[1]['steps']} steps", file=sys.stderr)
+        rows.append(row)
+    print("\n".join(table(rows)))
+    return 0
 
 
 def _replay(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import vllm.triton_utils
 from vllm_specplugin import ConfigError, speculate
 from vllm_specplugin.config import CONFIG_KEY
 from vllm_specplugin.vllm.cpu_kernels.prepare import SECOND_RUNNER
+from vllm_specplugin.vllm.frontend import runner_choice
 from vllm_specplugin.vllm.frontend.args import DRAFTER
 
 VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
@@ -18,6 +19,7 @@ VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 def triton(monkeypatch):
     """As where Triton is installed; nothing else is asked for."""
     monkeypatch.setattr(vllm.triton_utils, "HAS_TRITON", True)
+    monkeypatch.setattr(runner_choice, "_always_synchronous", lambda: False)
     monkeypatch.setenv(VARIABLE, "1")  # so that it is restored, whatever is set
     monkeypatch.delenv(VARIABLE)
 
@@ -35,6 +37,37 @@ def test_host_side_proposers_are_scheduled_synchronously(caplog):
     assert asynchronous is False
     (line,) = caplog.messages
     assert "synchronous scheduling, because proposer 'suffix' drafts on the h" in line
+
+
+def test_a_platform_that_is_always_synchronous(monkeypatch, caplog):
+    """vLLM's own for CPUs: requests may choose among scorers there."""
+    monkeypatch.undo()
+    assert runner_choice._always_synchronous()
+    monkeypatch.setattr(vllm.triton_utils, "HAS_TRITON", True)
+    with caplog.at_level("INFO", "vllm_specplugin"):
+        _, asynchronous, made = told("token_recycling", policy="fixed")
+    assert asynchronous is False
+    assert made["additional_config"][CONFIG_KEY]["request_scorers"] != ("exact",)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("proposer", "own", "method", "nodes"),
+    [
+        ("none", {}, "ngram_gpu", 1),
+        ("vllm:ngram", {"length": 3}, "ngram_gpu", 3),
+        ("vllm:draft_model", {"model": "m"}, "draft_model", 4),
+        ("vllm:eagle3", {"model": "m", "length": 2}, "eagle3", 2),
+        ("vllm:mtp", {"length": 9}, "mtp", 5),
+    ],
+)
+def test_vllms_drafters_keep_its_scheduling(proposer, own, method, nodes):
+    told_method, asynchronous, _ = told(
+        proposer, policy="fixed", options={"proposer": own, "policy": {"nodes": 5}}
+    )
+    assert told_method["method"] == method
+    assert told_method["num_speculative_tokens"] == nodes
+    assert asynchronous is None
 
 
 @pytest.mark.parametrize(
@@ -114,6 +147,7 @@ def test_the_first_runner_is_kept_where_the_operator_keeps_it(has_triton, monkey
 
 def test_a_cpu_without_triton_has_the_second_runner_too(monkeypatch, caplog):
     monkeypatch.setattr(vllm.triton_utils, "HAS_TRITON", False)
+    monkeypatch.setattr(runner_choice, "_always_synchronous", lambda: True)
     with caplog.at_level("INFO", "vllm_specplugin"):
         method, asynchronous, made = told("suffix")
     assert method["method"] == "ngram_gpu"

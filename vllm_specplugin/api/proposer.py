@@ -178,6 +178,23 @@ class ProposerBase(AlgorithmBase):
         del config
         return {}
 
+    @classmethod
+    def steady_length(cls, config: Any) -> int | None:
+        """Length of its drafts, if they are always what vLLM's drafter makes.
+
+        Then :meth:`propose` need not be called, and drafts can stay on the device
+        under asynchronous scheduling. See also
+        :class:`~vllm_specplugin.api.device_proposer.OffersDevice`.
+
+        Args:
+            config: the parsed options.
+
+        Returns:
+            ``None`` if :meth:`propose` decides; 0 if it never drafts.
+        """
+        del config
+        return None
+
     @abstractmethod
     def propose(self, ctx: ProposeContext) -> Sequence[DraftTree]:
         """See :meth:`Proposer.propose`."""

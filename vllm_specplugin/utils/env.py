@@ -14,6 +14,7 @@ from pathlib import Path
 
 __all__ = [
     "MEND",
+    "SECOND_RUNNER_ON_CPU",
     "cache_dir",
     "child_environment",
     "cpu_second_runner_wanted",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 MEND = "SPECPLUGIN_MEND"
+SECOND_RUNNER_ON_CPU = "SPECPLUGIN_CPU_SECOND_RUNNER"
 """Variable that has a defect of vLLM's own speculation mended, in processes that
 only measure."""
 
@@ -80,7 +82,7 @@ def mending_wanted() -> bool:
 def cpu_second_runner_wanted() -> bool:
     """Whether ``$SPECPLUGIN_CPU_SECOND_RUNNER`` asks for vLLM's second model runner
     on a CPU without Triton, with or without speculation by the plugin."""
-    return os.environ.get("SPECPLUGIN_CPU_SECOND_RUNNER") == "1"
+    return os.environ.get(SECOND_RUNNER_ON_CPU) == "1"
 
 
 def child_environment(**changes: str) -> dict[str, str]:

@@ -78,10 +78,7 @@ class SpecWorkerMixin:
 
     def specplugin_stats(self) -> dict[str, Any]:
         """Counters since start; for ``collective_rpc("specplugin_stats")``."""
-        runner = self.model_runner  # type: ignore[attr-defined]
-        spec = runner.spec
-        if (path := getattr(runner, "spec_path", None)) is not None:
-            path.settle()
+        spec = self.model_runner.spec  # type: ignore[attr-defined]
         return {  # plain data only: it travels between processes
             **spec.parts.metrics.snapshot(),
             **spec.parts.drafter.snapshot(),

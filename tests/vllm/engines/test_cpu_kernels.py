@@ -28,8 +28,11 @@ SETTINGS = {
 }
 
 
-def plugin(proposer: str) -> dict[str, Any]:
-    options = {"draft_timeout_ms": 1e6, "max_failures": 10_000}
+DRAFT = {"model": str(TARGET.parent / "draft"), "length": 4}
+
+
+def plugin(proposer: str, **own: Any) -> dict[str, Any]:
+    options = {"draft_timeout_ms": 1e6, "max_failures": 10_000, "proposer": own}
     return {
         "proposer": proposer,
         "policy": "fixed",
@@ -43,7 +46,19 @@ ENGINES: dict[str, dict[str, Any] | None] = {
     "second": None,
     "sync": plugin("suffix"),
     "async": plugin("token_recycling"),
+    "off": plugin("none"),
+    "chains": plugin("vllm:draft_model", **DRAFT),
 }
+VLLM_CHAINS = {
+    "method": "draft_model",
+    "model": DRAFT["model"],
+    "num_speculative_tokens": DRAFT["length"],
+}
+OWN = {
+    "vllm chains": {"speculative_config": VLLM_CHAINS},
+    "off": {"enable_prefix_caching": False},  # what a broken part writes is not kept
+}
+ASYNCHRONOUS = ("async", "off", "chains", "vllm chains")
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +68,13 @@ def engine() -> Iterator[Callable[[str], EngineProcess]]:
 
     def get(name: str) -> EngineProcess:
         if name not in started:
-            paths = [SUPPORT, ASYNC] if name == "async" else [SUPPORT]
+            paths = [SUPPORT, ASYNC] if name in ASYNCHRONOUS else [SUPPORT]
             started[name] = EngineProcess(
                 name,
                 {
                     "model": str(TARGET),
-                    "engine": SETTINGS,
-                    "speculate": ENGINES[name],
+                    "engine": {**SETTINGS, **OWN.get(name, {})},
+                    "speculate": ENGINES.get(name),
                 },
                 environment={
                     "PYTHONPATH": ":".join(map(str, paths)),
@@ -79,7 +94,7 @@ Get = Callable[[str], EngineProcess]
 PROMPTS = [1, 31, 60, 70]
 
 
-def texts(one: EngineProcess, temperature: float) -> list[list[int]]:
+def texts(one: EngineProcess, temperature: float, **options: Any) -> list[list[int]]:
     prompts = code_prompts(PROMPTS, shared=20, after=2000)
     params = [
         {
@@ -87,6 +102,7 @@ def texts(one: EngineProcess, temperature: float) -> list[list[int]]:
             "seed": 100 + i,
             "max_tokens": 24,
             "ignore_eos": True,
+            "extra_args": options,
         }
         for i in range(len(prompts))
     ]
@@ -101,6 +117,8 @@ def texts(one: EngineProcess, temperature: float) -> list[list[int]]:
         ("second", True, "Scheduler"),
         ("sync", True, "Scheduler"),
         ("async", True, "AsyncScheduler"),
+        ("off", True, "AsyncScheduler"),
+        ("chains", True, "AsyncScheduler"),
     ],
 )
 def test_each_engine_is_what_it_should_be(
@@ -114,7 +132,7 @@ def test_greedy_text_is_that_of_the_first_runner(engine: Get) -> None:
     assert texts(engine("second"), 0) == texts(engine("first"), 0)
 
 
-@pytest.mark.parametrize("name", ["sync", "async"])
+@pytest.mark.parametrize("name", ["sync", "async", "chains"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_text_is_vllms_own_without_speculation(name: str, temperature: float, engine: Get) -> None:
     one = engine(name)
@@ -125,3 +143,81 @@ def test_text_is_vllms_own_without_speculation(name: str, temperature: float, en
     after = one.ask("stats")
     assert after["failures"] == {}
     assert after["accepted"] > before["accepted"]
+
+
+@pytest.mark.parametrize("name", ["async", "off", "chains"])
+def test_who_may_not_draft_has_vllms_own_steps(name: str, engine: Get) -> None:
+    one = engine(name)
+    before = one.ask("stats")
+    assert texts(one, 1.0, spec_max_nodes=0) == texts(engine("second"), 1.0)
+    after = one.ask("stats")
+    steps = after["steps"] - before["steps"]
+    assert steps > 20
+    assert after["steps_without_drafts"] - before["steps_without_drafts"] == steps
+    assert after["nodes"] == before["nodes"]
+
+
+def test_a_limit_of_one_request_leaves_its_neighbours_alone(engine: Get) -> None:
+    """Counted from the tokens that reached the host."""
+    one = engine("chains")
+    before = one.ask("stats")
+    assert texts(one, 1.0, spec_max_nodes=2) == texts(engine("second"), 1.0)
+    after = one.ask("stats")
+    assert after["nodes"] > before["nodes"]
+    counts = [0, 0, 0, *[0] * 9]
+    for sign, stats in ((1, after), (-1, before)):
+        for nodes, count in enumerate(stats["verified_by_count"]):
+            counts[nodes] += sign * count
+    assert counts[2] > 0
+    assert counts[3:] == [0] * 9
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "temperature"),
+    [("chains", "chains", 0.0), ("chains", "noise", 1.0), ("off", "stripping", 0.0)],
+)
+def test_a_broken_part_is_noticed(name: str, part: str, temperature: float, engine: Get) -> None:
+    one = engine(name)
+    one.ask("break", part=part)
+    try:
+        assert texts(one, temperature) != texts(engine("second"), temperature)
+    finally:
+        one.ask("break", part="")
+    assert texts(one, temperature) == texts(engine("second"), temperature)
+
+
+def metered(one: EngineProcess, temperature: float) -> dict[str, Any]:
+    prompts = code_prompts(PROMPTS, shared=20, after=2000)
+    params = {"temperature": temperature, "max_tokens": 24, "ignore_eos": True}
+    requests = [{**params, "seed": i} for i in range(len(prompts))]
+    return one.ask("meter", prompts=prompts, params=requests)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_step_without_drafts_asks_no_more_of_the_host(temperature: float, engine: Get) -> None:
+    plain = metered(engine("second"), temperature)
+    ours = metered(engine("off"), temperature)
+    assert plain["launches"] > 15, "the meter sees nothing"
+    assert ours["launches"] <= plain["launches"] + 4
+    assert ours["waits"] == {}
+
+
+@pytest.mark.parametrize(("temperature", "more"), [(0.0, 0), (1.0, 7)])
+def test_a_step_of_vllms_chains(temperature: float, more: int, engine: Get) -> None:
+    """The noise of the requests is two launches for each drafted token, where vLLM
+    takes the likeliest."""
+    plain = metered(engine("vllm chains"), temperature)
+    ours = metered(engine("chains"), temperature)
+    assert ours["launches"] <= plain["launches"] + more
+    assert ours["waits"] == {}
+    assert ours["ours"] == {"launch_numba": 1}
+
+
+def test_a_wait_is_noticed(engine: Get) -> None:
+    one = engine("chains")
+    one.ask("break", part="wait")
+    try:
+        waits = metered(one, 0.0)["waits"]
+    finally:
+        one.ask("break", part="")
+    assert waits and set(waits) == {"vllm_specplugin.planted:<module>: tolist"}

@@ -10,14 +10,19 @@ import spec_devices
 import torch
 
 from vllm_specplugin.vllm.processes import engine
-from vllm_specplugin.vllm.runner import async_step
+from vllm_specplugin.vllm.processes.meter import meter
+from vllm_specplugin.vllm.runner import async_step, sampling, tree_runner, tree_verifier
+from vllm_specplugin.vllm.runner.chain_verifier import ChainVerifier
 from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows
 
 _WHOLE_ROWS = DeviceTreePlan.__dict__["rows"]
 _WHOLE_PLACE = DeviceTreePlan.place
-_WHOLE_COMPACT = async_step.compact_paths
+_WHOLE_COMPACT = tree_verifier.compact_paths
 _WHOLE_ROWS_OF = async_step.rows_of
+_WHOLE_VERIFY, _WHOLE_PREPARE = ChainVerifier.verify, ChainVerifier.prepare
+_WHOLE_NOISE = sampling.gumbel_sample
+_WHOLE_STRIPPING = tree_runner.without_drafts
 
 
 def break_part(llm: Any, request: dict[str, Any]) -> None:
@@ -26,9 +31,38 @@ def break_part(llm: Any, request: dict[str, Any]) -> None:
     DeviceTreePlan.rows = property(_no_rows) if part == "mask" else _WHOLE_ROWS
     DeviceTreePlan.place = _stay if part == "positions" else _WHOLE_PLACE
     compact = _move_nothing if part == "compaction" else _WHOLE_COMPACT
-    async_step.compact_paths = compact
+    tree_verifier.compact_paths = compact
+    ChainVerifier.verify = _accept_all if part == "chains" else _WHOLE_VERIFY
+    ChainVerifier.prepare = _wait if part == "wait" else _WHOLE_PREPARE
+    sampling.gumbel_sample = _shifted if part == "noise" else _WHOLE_NOISE
+    tree_runner.without_drafts = _keep_tokens if part == "stripping" else _WHOLE_STRIPPING
     spec_child.break_part(llm, request)
     async_step.rows_of = _first_rows if part == "hidden" else _WHOLE_ROWS_OF
+
+
+def _accept_all(verifier: Any, step: Any, rows: Any, batch: Any, invalid: Any) -> Any:
+    """Every draft is taken for what was chosen before it."""
+    chosen, rows.draw = rows.draw(), lambda: None
+    taken = rows.read.roll(-1).to(chosen.dtype)
+    last = batch.cu_num_logits[1:].long() - 1
+    taken[last] = chosen[last]
+    rows.draw = lambda: taken
+    return _WHOLE_VERIFY(verifier, step, rows, batch, invalid)
+
+
+def _wait(verifier: Any, batch: Any) -> Any:
+    """Looks at the device from a frame of the plugin's, as far as the meter can tell."""
+    exec("batch.seq_lens.tolist()", {"__name__": "vllm_specplugin.planted", "batch": batch})
+    return _WHOLE_PREPARE(verifier, batch)
+
+
+def _shifted(logits: Any, index: Any, temperature: Any, seeds: Any, pos: Any, **how: Any) -> Any:
+    return _WHOLE_NOISE(logits, index, temperature, seeds, pos + 1, **how)
+
+
+def _keep_tokens(scheduled: Any) -> Any:
+    """Drops drafts and keeps the rows that they had."""
+    return dataclasses.replace(scheduled, scheduled_spec_decode_tokens={})
 
 
 def _no_rows(plan: DeviceTreePlan) -> TreeRows:
@@ -45,8 +79,8 @@ def _stay(plan: DeviceTreePlan, positions: torch.Tensor) -> None:
     """Leaves flat positions as they are."""
 
 
-def _move_nothing(*_: Any) -> torch.Tensor:
-    return torch.zeros((), dtype=torch.int64)
+def _move_nothing(*given: Any) -> torch.Tensor:
+    return torch.zeros(len(given[-1]), dtype=torch.int64)
 
 
 def _first_rows(runner: Any, hidden: torch.Tensor, rows: torch.Tensor) -> Any:
@@ -97,6 +131,7 @@ if __name__ == "__main__":
             "break": break_part,
             "cached": cached,
             "device": spec_devices.use,
+            "meter": meter,
             "native": native,
             "preemptions": spec_child.preemptions,
             "runner": runner,

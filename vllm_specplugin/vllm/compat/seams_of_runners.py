@@ -118,14 +118,6 @@ RUNNERS: Mapping[str, tuple[Seam, ...]] = {
         ),
         Seam("vllm.v1.utils:CpuGpuBuffer", has=("gpu", "np")),
         Seam(
-            "vllm.v1.core.sched.output:SchedulerOutput",
-            has=names(
-                "finished_req_ids num_scheduled_tokens preempted_req_ids "
-                "scheduled_cached_reqs scheduled_new_reqs scheduled_spec_decode_tokens "
-                "total_num_scheduled_tokens"
-            ),
-        ),
-        Seam(
             "vllm.v1.core.sched.output:NewRequestData",
             has=names(
                 "block_ids num_computed_tokens prefill_token_ids prompt_embeds req_id "
@@ -250,6 +242,7 @@ RUNNERS: Mapping[str, tuple[Seam, ...]] = {
             _V2,
             has=(
                 *_RUNNERS_HAVE,
+                "execute_model_state",
                 "model_state",
                 "num_speculative_steps",
                 "rejection_sampler",
@@ -272,8 +265,27 @@ RUNNERS: Mapping[str, tuple[Seam, ...]] = {
                 ),
                 ("prepare_attn", ("self", "input_batch"), 2),
                 ("take_draft_token_ids", ("self",), 0),
+                ("execute_model", ("self", "scheduler_output"), 0),
+                ("sample_tokens", ("self", "grammar_output"), 0),
             )
         ),
+        # A step without drafts is made of one with drafts.
+        Seam(
+            "vllm.v1.core.sched.output:SchedulerOutput",
+            names(
+                "scheduled_new_reqs scheduled_cached_reqs num_scheduled_tokens "
+                "total_num_scheduled_tokens scheduled_spec_decode_tokens "
+                "scheduled_encoder_inputs finished_req_ids free_encoder_mm_hashes"
+            ),
+            has=("has_structured_output_requests", "preempted_req_ids"),
+        ),
+        Seam("vllm.v1.core.sched.output:GrammarOutput"),
+        Seam("vllm.sequence:IntermediateTensors"),
+        # Where a step's tokens have reached the host.
+        Seam("vllm.v1.outputs:AsyncModelRunnerOutput.get_output", ("self",)),
+        Seam("vllm.v1.outputs:ModelRunnerOutput", has=("req_ids",)),
+        Seam(f"{_GPU}.async_utils:AsyncOutput"),
+        Seam(f"{_GPU}.async_utils:AsyncOutput.get_output", ("self",)),
         Seam(
             f"{_GPU}.model_states.interface:ModelState.prepare_attn",
             ours=f"{_OURS}.runner.tree_runner:TreeModelState.prepare_attn",
@@ -304,7 +316,7 @@ RUNNERS: Mapping[str, tuple[Seam, ...]] = {
             f"{_GPU}.sample.sampler:Sampler",
             has=names(
                 "compute_nans logits_processors logprob_token_ids_state logprobs_mode "
-                "req_states sampling_states use_fp64_gumbel"
+                "req_states sampling_states use_flashinfer use_fp64_gumbel"
             ),
         ),
         Seam(
@@ -328,6 +340,14 @@ RUNNERS: Mapping[str, tuple[Seam, ...]] = {
             f"{_GPU}.spec_decode.rejection_sampler:RejectionSampler.__call__",
             names("self logits input_batch draft_logits invalid_drafts"),
             ours=f"{_OURS}.runner.sampling:TreeRejectionSampler.__call__",
+        ),
+        Seam(
+            f"{_GPU}.spec_decode.rejection_sampler:gather_draft_sampled",
+            names(
+                "input_ids positions logits_indices expanded_idx_mapping expanded_local_pos "
+                "prefill_len"
+            ),
+            gives=2,
         ),
         Seam(
             f"{_GPU}.input_batch:get_num_sampled_and_rejected",

@@ -55,12 +55,12 @@ def engine_arguments(
         log_as_vllm_does()
         logger.info("vllm-specplugin: %s", choice.why)
     drafted = choice.method.get("num_speculative_tokens", config.max_nodes)
-    if config.proposer == "none":
-        drafted = 1
     if choice.nodes is not None:
         drafted = choice.nodes
         # Requests that chose another rule would be decided on the host.
         config = replace(config, request_scorers=(config.scorer,))
+    if config.proposer == "none":
+        drafted = 1  # vLLM knows no speculation without drafts
     own: dict[str, Any] = {CONFIG_KEY: config.to_dict()}
     if choice.second and twins_needed():
         own[SECOND_RUNNER] = True

@@ -97,7 +97,7 @@ def choose_runner(
             "runs its draft model level by level" if driven else "is not on the second"
         )
         return RunnerChoice(method, second=False, why=why)
-    nodes, reason = _steady_nodes(config, method)
+    nodes, reason = _steady_nodes(config)
     if asynchronous and nodes is None:
         raise ConfigError(
             complain(
@@ -108,23 +108,34 @@ def choose_runner(
             )
         )
     method = method or {"method": _DEVICE_METHOD}
-    if nodes is None or asynchronous is False:
-        told = reason and not twins_needed()  # vLLM schedules so on a CPU anyway
-        why = f"synchronous scheduling, because {reason}" if told else ""
+    synchronous = _always_synchronous()
+    if nodes is None or asynchronous is False or synchronous:
+        why = f"synchronous scheduling, because {reason}" if reason and not synchronous else ""
         return RunnerChoice(method, second=True, why=why)
+    if method["method"] == "ngram":  # vLLM schedules the first name synchronously
+        method = {**method, "method": _DEVICE_METHOD}
     return RunnerChoice(method, second=True, nodes=nodes)
 
 
-def _steady_nodes(config: SpecConfig, method: Mapping[str, Any]) -> tuple[int | None, str]:
+def _always_synchronous() -> bool:
+    """Whether the platform is vLLM's for CPUs, which schedules no other way."""
+    from vllm.platforms import current_platform
+
+    return type(current_platform).__module__ == "vllm.platforms.cpu"
+
+
+def _steady_nodes(config: SpecConfig) -> tuple[int | None, str]:
     """Nodes of every step, if drafts can stay on the device; else why not."""
-    proposer, _ = resolve(config, "proposer")
-    if method or not (issubclass(proposer, OffersDevice)):
+    proposer, options = resolve(config, "proposer")
+    length = proposer.steady_length(options)
+    if length is None and not issubclass(proposer, OffersDevice):
         return None, f"proposer {config.proposer!r} drafts on the host"
     scorer, _ = resolve(config, "scorer")
     if not scorer.emits_draws:
         return None, f"scorer {config.scorer!r} decides on the host"
     policy, policy_options = resolve(config, "policy")
-    nodes = policy.steady_nodes(policy_options, config.max_nodes)
+    most = config.max_nodes if length is None else length
+    nodes = policy.steady_nodes(policy_options, most) if most else 0
     if nodes is None:
         return None, f"policy {config.policy!r} decides on the host, step by step"
     if config.trace:

@@ -27,7 +27,7 @@ def compact_paths(
             counted from 1; 0 for none.
 
     Returns:
-        How many rows of one layer were stored, on the device.
+        ``[requests]`` how many rows of one layer were stored, on the device.
     """
     nodes = path[:, 1:]
     depths = torch.arange(1, path.shape[1], device=path.device)
@@ -42,4 +42,4 @@ def compact_paths(
         kept = request * nodes.shape[1] + nodes[request, place] - 1
         rows = plan.root_rows[request] + place + 1
         store_again(runner, plan.kept, list(slots), kept, rows)
-    return misplaced.sum()
+    return misplaced.sum(-1)

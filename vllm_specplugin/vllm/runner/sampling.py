@@ -17,8 +17,9 @@ from vllm.v1.worker.gpu.metrics.logits import get_num_nans
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import gather_draft_sampled
 
-from vllm_specplugin.vllm.runner.step_in_flight import step_of
+from vllm_specplugin.vllm.runner.step_in_flight import HostStep, step_of
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -41,9 +42,13 @@ class TreeSampler(_Sampler):
 
     def __call__(self, logits: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
         step = step_of(input_batch)
-        if step is None:
-            return super().__call__(logits, input_batch)
-        return self.spec_runner.spec_path.sample(step, logits, input_batch, None)
+        path = self.spec_runner.spec_path
+        if isinstance(step, HostStep):
+            return path.sample(step, logits, input_batch, None)
+        output = super().__call__(logits, input_batch)
+        if step is not None:
+            path.sampled(logits, input_batch, output)
+        return output
 
 
 class TreeRejectionSampler(_RejectionSampler):
@@ -71,20 +76,31 @@ class Rows:
         sampler: vLLM's.
         logits: ``[rows, vocab]`` as the model gave them, grammars applied.
         batch: vLLM's ``InputBatch``.
+
+    Attributes:
+        read: ``[rows]`` token that each row reads; -1 for a draft of a request whose
+            prompt is not read to its end.
     """
 
     def __init__(self, sampler: Any, logits: torch.Tensor, batch: InputBatch) -> None:
         self._sampler, self._batch = sampler, batch
         self.raw = logits
         self._nans = get_num_nans(logits) if sampler.compute_nans else None
-        self.positions = batch.positions[batch.logits_indices]
+        self.read, self.positions = gather_draft_sampled(
+            batch.input_ids,
+            batch.positions,
+            batch.logits_indices,
+            batch.expanded_idx_mapping,
+            batch.expanded_local_pos,
+            sampler.req_states.prefill_len.gpu,
+        )
         self.processed = sampler.apply_sampling_params(
             logits,
             batch.expanded_idx_mapping,
             batch.idx_mapping,
             batch.idx_mapping_np,
             self.positions,
-            batch.input_ids[batch.logits_indices],
+            self.read,
             batch.expanded_local_pos,
             batch.seq_lens_cpu_upper_bound.numpy()[: batch.num_reqs],
         )

@@ -28,6 +28,8 @@ class TreeSpeculator:
     """Mixed into vLLM's drafter."""
 
     spec_runner: TreeRunner
+    spec_greedy = False
+    """Whether all requests of the step decode greedily, as far as the host knows."""
 
     def propose(
         self,
@@ -42,6 +44,8 @@ class TreeSpeculator:
         drafted is not scheduled, or never accepted."""
         runner, step = self.spec_runner, step_of(input_batch)
         own = None
+        temperatures = runner.spec_sampler.sampling_states.temperature.np
+        self.spec_greedy = not temperatures[input_batch.idx_mapping_np].any()
         if runner.spec.parts.follows_native:
             # Also where nothing is to be drafted: it follows the target's text.
             own = super().propose(  # type: ignore[misc]
@@ -72,7 +76,10 @@ class TreeSpeculator:
         as the target chooses: with its noise, which vLLM's sampler takes unless it is
         told that it drafts."""
         parts = self.spec_runner.spec.parts
-        if draft_logits is not None or not parts.couples_native:
+        # A captured loop is replayed for other requests, and this is not asked again.
+        captured = hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()
+        greedy = self.spec_greedy and not captured
+        if draft_logits is not None or greedy or not parts.couples_native:
             taken: torch.Tensor = super().sample_draft(  # type: ignore[misc]
                 hidden_states,
                 sample_src_positions,

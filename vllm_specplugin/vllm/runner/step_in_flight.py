@@ -54,13 +54,14 @@ class HostStep(StepInFlight):
 
 @dataclass(slots=True, kw_only=True)
 class DeviceStep(StepInFlight):
-    """A step whose trees only the device knows."""
+    """A step whose drafts only the device knows."""
 
     plan: DeviceTreePlan | None
-    nodes: DeviceTreePlan | None
-    """Its trees, chains included; ``None`` without drafts."""
+    verifies: bool
+    """Whether drafts are verified in it; otherwise it is vLLM's own step."""
     emitted_from: torch.Tensor | None = None
-    """``[requests]`` int64, as in :class:`HostStep`."""
+    """``[requests]`` int64, as in :class:`HostStep`; ``None`` for each request's last
+    row."""
 
 
 def attach(batch: InputBatch, step: StepInFlight) -> None:

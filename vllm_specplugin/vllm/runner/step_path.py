@@ -31,6 +31,15 @@ class StepPath(Protocol):
         """A request takes a slot, as new or back from preemption."""
         ...
 
+    def verifies(self, scheduler_output: SchedulerOutput) -> bool:
+        """Whether any of a step's drafts are to be verified. If not they are dropped
+        before vLLM prepares the step.
+
+        Args:
+            scheduler_output: of the step, with drafts.
+        """
+        ...
+
     def prepare(
         self, scheduler_output: SchedulerOutput, batch: InputBatch, started: float
     ) -> StepInFlight:
@@ -57,6 +66,16 @@ class StepPath(Protocol):
             logits: ``[rows, vocab]``.
             batch: the step's.
             invalid: ``[rows]`` drafts that a grammar was not advanced over.
+        """
+        ...
+
+    def sampled(self, logits: torch.Tensor, batch: InputBatch, output: SamplerOutput) -> None:
+        """A step without drafts was sampled by vLLM's own sampler.
+
+        Args:
+            logits: ``[requests, vocab]``.
+            batch: the step's.
+            output: what was sampled.
         """
         ...
 
@@ -93,8 +112,4 @@ class StepPath(Protocol):
         Raises:
             UnsupportedError: this way of computing steps does not serve them.
         """
-        ...
-
-    def settle(self) -> None:
-        """Brings the counters up to date; may wait for the device."""
         ...

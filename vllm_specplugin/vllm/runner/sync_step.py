@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import torch
@@ -64,14 +64,15 @@ class HostSteps:
     def restart(self, same_proposer: bool = False) -> None:
         self._drafts = DraftTokenIds([], [])
 
-    def settle(self) -> None:
-        """Counters are always current here."""
-
     def admit(self, slot: int, new: NewRequestData) -> None:
         assert new.prefill_token_ids is not None, "vLLM's second runner is given them"
         self._history.put(slot, new.prefill_token_ids)
 
     # -------------------------------------------------------------- a step
+
+    def verifies(self, scheduler_output: SchedulerOutput) -> bool:
+        del scheduler_output
+        return True  # what is scheduled was drafted for this step
 
     def prepare(
         self, scheduler_output: SchedulerOutput, batch: InputBatch, started: float
@@ -126,6 +127,9 @@ class HostSteps:
         history.append(slots, result.tokens, np.where(sampled, result.lengths, 0))
         count_step(spec, step, result, batch.req_ids, sampled, began)
         return _output(rows, batch, result)
+
+    def sampled(self, logits: torch.Tensor, batch: InputBatch, output: SamplerOutput) -> NoReturn:
+        raise AssertionError("steps without drafts are sampled here too")
 
     # ------------------------------------------------------------ drafting
 

@@ -2,6 +2,8 @@
 
 Overrides, in the order of a step:
 
+``execute_model``
+    drops drafts of a step in which none are to be verified.
 ``finish_requests``, ``add_requests``
     requests come with the seed of their noise, and go.
 ``prepare_inputs``
@@ -15,6 +17,8 @@ Overrides, in the order of a step:
     :mod:`.sampling`.
 ``speculator``
     :mod:`.speculator`.
+``sample_tokens``
+    under asynchronous scheduling, has what the step emitted counted later.
 
 What happens in between depends on where drafts are made: :mod:`.sync_step`, with
 synchronous scheduling, or :mod:`.async_step`, with asynchronous scheduling. No
@@ -24,17 +28,20 @@ algorithm lives here.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.worker.gpu.async_utils import AsyncOutput
 
 from vllm_specplugin.api import NoiseKind
 from vllm_specplugin.vllm.runner.async_step import DeviceSteps
+from vllm_specplugin.vllm.runner.counted_output import CountedOutput
 from vllm_specplugin.vllm.runner.sampling import TreeRejectionSampler, TreeSampler
 from vllm_specplugin.vllm.runner.speculator import TreeSpeculator
 from vllm_specplugin.vllm.runner.state import SpecState
-from vllm_specplugin.vllm.runner.step_in_flight import attach, step_of
+from vllm_specplugin.vllm.runner.step_in_flight import DeviceStep, attach, step_of
 from vllm_specplugin.vllm.runner.step_path import StepPath
 from vllm_specplugin.vllm.runner.sync_step import HostSteps
 from vllm_specplugin.vllm.runner.tree_support import chains_only_reason
@@ -42,7 +49,9 @@ from vllm_specplugin.vllm.tree_attention.backend import PLAN_ATTRIBUTE
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
-    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+    from vllm.sequence import IntermediateTensors
+    from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
+    from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Runner
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState as _ModelState
@@ -50,7 +59,7 @@ if TYPE_CHECKING:
 else:
     _Runner = _ModelState = object
 
-__all__ = ["TreeModelState", "TreeRunner", "mixed", "reads_drafts"]
+__all__ = ["TreeModelState", "TreeRunner", "mixed", "reads_drafts", "without_drafts"]
 
 _BUILT_IN_PROCESSORS = 3
 """vLLM's sampler has these always: bias, penalties, bad words."""
@@ -81,6 +90,24 @@ def reads_drafts(params: SamplingParams) -> bool:
         or params.frequency_penalty != 0.0
         or params.presence_penalty != 0.0
         or params.bad_words
+    )
+
+
+def without_drafts(scheduled: SchedulerOutput) -> SchedulerOutput:
+    """A step of one token for each request that had drafts scheduled.
+
+    The original is left alone: with one rank it is the scheduler's own.
+    """
+    drafted = scheduled.scheduled_spec_decode_tokens
+    tokens = {
+        req_id: count - len(drafted.get(req_id, ()))
+        for req_id, count in scheduled.num_scheduled_tokens.items()
+    }
+    return replace(
+        scheduled,
+        scheduled_spec_decode_tokens={},
+        num_scheduled_tokens=tokens,
+        total_num_scheduled_tokens=sum(tokens.values()),
     )
 
 
@@ -118,6 +145,11 @@ class TreeRunner(_Runner):
         self.model_state = mixed(self.model_state, TreeModelState, self)
         self.sampler = mixed(self.sampler, TreeSampler, self)
         self.rejection_sampler = mixed(self.rejection_sampler, TreeRejectionSampler, self)
+        if self.scheduler_config.async_scheduling:
+            # Drafts are chosen with the noise of positions to come, and whether a step
+            # verifies any depends on them. So every step has to draw with that noise,
+            # which the fused sampler does not: the text would be biased.
+            self.sampler.use_flashinfer = False
 
     @property
     def spec_sampler(self) -> Sampler:
@@ -160,6 +192,25 @@ class TreeRunner(_Runner):
             self.spec_path.admit(slot, new)
 
     # -------------------------------------------------------------- a step
+
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
+    ) -> ModelRunnerOutput | IntermediateTensors | None:
+        drafted = scheduler_output.scheduled_spec_decode_tokens
+        if drafted and not self.spec_path.verifies(scheduler_output):
+            scheduler_output = without_drafts(scheduler_output)
+        return super().execute_model(scheduler_output, *args, **kwargs)
+
+    def sample_tokens(
+        self, grammar_output: GrammarOutput | None
+    ) -> AsyncModelRunnerOutput | ModelRunnerOutput | None:
+        state = self.execute_model_state
+        step = None if state is None else step_of(state.input_batch)
+        output: AsyncModelRunnerOutput | ModelRunnerOutput | None
+        output = super().sample_tokens(grammar_output)
+        if isinstance(step, DeviceStep) and isinstance(output, AsyncOutput):
+            return CountedOutput(output, step, self.spec)
+        return output
 
     def prepare_inputs(
         self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any

@@ -1,0 +1,1 @@
+"""Deciding on the device which drafted tokens are accepted."""
