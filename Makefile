@@ -10,8 +10,9 @@
 #   make test-next-engines  the same with engines
 #   make lint          ruff, formatting, types, the graph of imports
 #   make fuzz          hostile drafts on real engines; ARGS="--workloads 500 --seed 1"
+#   make docs          the documentation as a site, in site/
 #   make audit         the locked packages: consistent, and without known holes
-#   make clean         removes .venv, .venv-next and everything made
+#   make clean         removes .venv, .venv-next, .venv-docs and everything made
 #
 # Tests run two at a time; ARGS="-k tree" goes to pytest.
 #
@@ -31,6 +32,9 @@ WITHOUT_VLLM := --ignore-glob='tests/vllm/test_*' $(addprefix --ignore=tests/vll
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 
+# What builds the site; it needs neither vLLM nor this package.
+DOCS := .venv-docs
+
 # What touches vLLM's internals, without engines and with them. The whole suite a
 # second time would take too long.
 NEXT := .venv-next
@@ -42,7 +46,7 @@ NEXT_ENGINES := $(addprefix tests/vllm/,engines/test_cpu_kernels.py \
 	mrv2/test_text.py::test_text_is_vllms_own_without_speculation \
 	engines/test_exactness.py::test_text_is_the_same_as_without_speculation)
 
-.PHONY: help demo test test-all test-nightly test-next test-next-engines coverage lint fuzz audit clean
+.PHONY: help demo test test-all test-nightly test-next test-next-engines coverage lint fuzz docs audit clean
 .DELETE_ON_ERROR:
 
 help:
@@ -83,11 +87,14 @@ lint: $(READY)
 fuzz: $(READY)
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
+docs: $(DOCS)/.ready
+	$(DOCS)/bin/mkdocs build --strict --quiet $(ARGS)
+
 audit: $(READY)
 	$(BIN)/python tests/meta/audit.py
 
 clean:
-	rm -rf $(VENV) $(NEXT) .typecheck .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(NEXT) $(DOCS) site .typecheck .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 	rm -f .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -105,4 +112,9 @@ $(READY): $(LOCK) pyproject.toml
 
 $(NEXT)/.ready: $(READY) requirements/next.py requirements/next.txt
 	@$(BIN)/python requirements/next.py --folder $(NEXT)
+	@touch $@
+
+$(DOCS)/.ready: requirements/docs.txt
+	@sh requirements/venv.sh "$(PYTHON)" "$(DOCS)"
+	@$(DOCS)/bin/python -m pip install --quiet -r requirements/docs.txt
 	@touch $@

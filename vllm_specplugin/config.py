@@ -151,12 +151,17 @@ class SpecConfig:
     max_failures: int = option(
         10, "failed proposer calls in a row before it is switched off", low=1
     )
-    request_scorers: Sequence[str] | None = None
-    """Scorers that requests may choose; ``None`` for all lossless ones. Beside
-    these, always the default ``scorer``."""
-    request_limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Largest value that requests may give for an option of a scorer, by its name:
-    ``{"relax_share": 0.2}``."""
+    request_scorers: Sequence[str] | None = option(
+        None,
+        "scorers that requests may choose beside the default one; null for all lossless scorers",
+    )
+    request_limits: Mapping[str, float] = dataclasses.field(
+        default_factory=dict,
+        metadata={
+            "help": "largest value that requests may give for an option of a scorer, by its "
+            'name: {"relax_share": 0.2}'
+        },
+    )
     cache_scope: str = option(
         "tenant",
         "who shares what proposers remember of texts: 'tenant': requests with the "
