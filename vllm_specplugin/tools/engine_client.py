@@ -92,9 +92,9 @@ class EngineProcess:
 
     def log(self) -> str:
         """What the engine has written to standard error so far."""
-        self._log.flush()
-        self._log.seek(0)
-        return self._log.read()
+        file = self._log.fileno()
+        # The engine shares the file's position: seeking would have it write over the start.
+        return os.pread(file, os.fstat(file).st_size, 0).decode("utf-8", "replace")
 
     def kill(self) -> None:
         """Ends the process at once, from any thread; whoever waits for an answer
