@@ -137,11 +137,12 @@ class Panes:
         run = now.runs[way]
         lines = _wrapped(self._decode(run.tokens), width)[-_HEIGHT:]
         told = f"{run.speed():.0f} tokens/s, {run.per_step():.1f} a step" if run.tokens else ""
+        title = way
         if run.finished and way != PLAIN and now.runs[PLAIN].finished:
-            told += ", same" if _same(now, run) else ", DIFFERENT"
+            title += ": same text" if _same(now, run) else ": DIFFERENT text"
         return Panel(
             Text("\n".join(lines)),
-            title=way,
+            title=title,
             subtitle=told,
             height=_HEIGHT + 2,
             border_style="bold green" if active else "dim",

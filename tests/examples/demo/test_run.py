@@ -14,69 +14,69 @@ from examples.demo.screen import Lines, Panes
 from tests.examples.demo.fakes import FakeDecoding, Time
 
 
-class Slow(FakeDecoding):
-    """Takes real time to decode, so that the demo's own clock ends it."""
+class Fake(FakeDecoding):
+    """Loads for a while, of the same time as it decodes in."""
 
-    made: Slow
-    loads_for = 0.0
+    made: Fake
+    clock: Time
+    loads_for = 12.0
     wrong = False
 
     def __init__(self, name, settings, module) -> None:
-        super().__init__(Time(), spoil=self._spoiled)
+        super().__init__(Fake.clock, spoil=self._spoiled)
         self.settings = settings
-        self.woken = False
-        Slow.made = self
+        Fake.made = self
 
     def _spoiled(self, proposer, tokens):
         return [0, *tokens[1:]] if self.wrong and proposer == "suffix" else tokens
 
-    def _go_on(self, request):
-        times.sleep(0.002)
-        return super()._go_on(request)
-
     def wait_until_ready(self):
-        ends = times.monotonic() + self.loads_for
-        while times.monotonic() < ends and not self.killed:
-            times.sleep(0.01)
+        ends = self.time.now + self.loads_for
+        while self.time.now < ends and not self.killed:
+            self.time.now += 0.5
+            times.sleep(0.002)
         return self
 
 
 @pytest.fixture
 def demo(monkeypatch, capsys):
-    monkeypatch.setattr(module, "EngineProcess", Slow)
+    monkeypatch.setattr(Fake, "clock", Time(), raising=False)
+    monkeypatch.setattr(module, "EngineProcess", Fake)
+    monkeypatch.setattr(module, "Clock", Fake.clock.clock)
     monkeypatch.setattr(module, "inflated_model", lambda path: path)
-    monkeypatch.setattr(module, "_AROUND", 0.0)
+    monkeypatch.setattr(module, "_GLANCE", 0.001)
 
-    def run(seconds: float) -> tuple[int, str]:
-        code = main(["--seconds", str(seconds)])
+    def run(*arguments: str) -> tuple[int, str]:
+        code = main(arguments)
         return code, capsys.readouterr().out
 
     return run
 
 
-def test_from_loading_to_the_result(demo, monkeypatch):
-    monkeypatch.setattr(Slow, "loads_for", 0.4)
-    code, out = demo(3)
+def test_from_loading_to_the_result(demo):
+    code, out = demo()
     assert code == 0
+    assert 80 < Fake.clock.now < 90
     assert "importing vLLM" in out and "round 1, T=0: no drafts 100.0" in out
     assert out.index("round 1") < out.index("tokens/s  ") and "identical in all" in out
     assert "\x1b" not in out and all(len(line) <= 100 for line in out.splitlines())
-    assert Slow.made.closed
-    assert Slow.made.settings["speculate"]["proposer"] == "draft_model"
+    assert Fake.made.closed
+    assert Fake.made.settings["speculate"]["proposer"] == "draft_model"
 
 
 def test_other_text_fails_the_demo(demo, monkeypatch):
-    monkeypatch.setattr(Slow, "wrong", True)
-    code, out = demo(2)
+    monkeypatch.setattr(Fake, "wrong", True)
+    code, out = demo("--seconds", "30")
     assert code == 1
     assert "DIFFERENT text" in out and "DIFFERENT in" in out
 
 
 def test_an_engine_that_loads_for_too_long_is_ended(demo, monkeypatch):
-    monkeypatch.setattr(Slow, "loads_for", 60.0)
-    code, out = demo(0.5)
+    monkeypatch.setattr(Fake, "loads_for", 1000.0)
+    code, out = demo()
     assert code == 1
-    assert Slow.made.killed and Slow.made.closed
+    assert Fake.clock.now < 90
+    assert Fake.made.killed and Fake.made.closed
     assert "No round was complete" in out
 
 
@@ -85,7 +85,9 @@ def panes(now: Round, way: str) -> list[str]:
 
     shown = Panes(Time().clock(60), lambda tokens: "x = [1]\n" * len(tokens))
     out = io.StringIO()
-    shown._live.console = Console(file=out, width=100, height=24, force_terminal=True)
+    shown._live.console = Console(
+        file=out, width=100, height=24, force_terminal=True, color_system=None
+    )
     with shown:
         shown.decoding(now, way)
     return out.getvalue().splitlines()
@@ -101,7 +103,8 @@ def test_panes_stand_side_by_side():
     tops = next(line for line in text.splitlines() if PLAIN in line)
     assert "suffix" in tops and "draft_model" in tops
     assert "round 5, temperature 1" in text and "60 s left" in text
-    assert "300 tokens/s, 3.0 a step, same" in text and "DIFFERENT" in text
+    assert "suffix: same text" in tops and "draft_model: DIFFERENT text" in tops
+    assert "300 tokens/s, 3.0 a step" in text
 
 
 def test_loading_lines_come_at_changes_and_every_few_seconds():
