@@ -7,12 +7,14 @@ from round to round, and the temperature, too.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-__all__ = ["PLAIN", "Clock", "Engine", "Out", "Round", "Run", "Way", "play", "ways"]
+__all__ = ["PLAIN", "Clock", "Engine", "Out", "Round", "Run", "Table", "Way", "ways"]
 
 TEMPERATURES = (0.0, 1.0)
 
@@ -115,14 +117,8 @@ Watch = Callable[[Round, str], None]
 """Called after each slice with the round and the way that decodes."""
 
 
-def play(
-    engine: Engine,
-    prompts: Sequence[Sequence[int]],
-    compared: Sequence[Way],
-    clock: Clock,
-    watch: Watch,
-) -> Iterator[Round]:
-    """Complete rounds until the time is up. The warm-up is not among them.
+class Table:
+    """Where rounds are played.
 
     Args:
         engine: that runs :mod:`.decoding`.
@@ -131,23 +127,67 @@ def play(
         clock: when to stop.
         watch: shows what goes on.
     """
-    table = _Table(engine, compared, clock, watch)
-    try:
-        before = clock.gone()
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: Sequence[Sequence[int]],
+        compared: Sequence[Way],
+        clock: Clock,
+        watch: Watch,
+    ) -> None:
+        self._engine, self._prompts, self._compared = engine, prompts, compared
+        self._clock, self._watch = clock, watch
+        self._tokens = _FEWEST_TOKENS
+
+    def warm_up(self) -> None:
+        """Compiles what is not compiled yet, and finds out what there is time for.
+
+        Raises:
+            Out: the time is up.
+        """
+        before = self._clock.gone()
         for temperature in TEMPERATURES:
-            warm = table.round(-1, temperature, prompts[-1], _WARM_TOKENS)
-        spent = (clock.gone() - before) / len(TEMPERATURES)
-        # From now on nothing is compiled, so this errs on the safe side.
-        tokens = affordable_tokens(warm, clock.left(), spent)
+            warm = self._round(-1, temperature, _WARM_TOKENS)
+        # The rounds take less, for nothing is compiled any more.
+        spent = (self._clock.gone() - before) / len(TEMPERATURES)
+        self._tokens = affordable_tokens(warm, self._clock.left(), spent)
+
+    def rounds(self) -> Iterator[Round]:
+        """Complete rounds, until the time is up."""
         number, longest = 0, 0.0
-        while clock.left() > longest:
-            before = clock.gone()
-            temperature = TEMPERATURES[number % len(TEMPERATURES)]
-            yield table.round(number, temperature, prompts[number % len(prompts)], tokens)
-            longest = max(longest, clock.gone() - before)
-            number += 1
-    except Out:
-        return
+        with suppress(Out):
+            while self._clock.left() > longest:
+                before = self._clock.gone()
+                temperature = TEMPERATURES[number % len(TEMPERATURES)]
+                yield self._round(number, temperature, self._tokens)
+                longest = max(longest, self._clock.gone() - before)
+                number += 1
+
+    def _round(self, number: int, temperature: float, tokens: int) -> Round:
+        played = Round(number, temperature, {way.name: Run() for way in self._compared})
+        first = number // len(TEMPERATURES) % len(self._compared)
+        for way in (*self._compared[first:], *self._compared[:first]):
+            self._engine.ask("reset", changes=dict(way.settings))
+            params = {
+                "temperature": temperature,
+                "max_tokens": tokens,
+                "seed": 1000 + number,
+                "ignore_eos": True,
+            }
+            prompt = self._prompts[number % len(self._prompts)]
+            self._engine.ask("begin", prompt=list(prompt), params=params)
+            run = played.runs[way.name]
+            while not run.finished:
+                if self._clock.left() <= 0:
+                    raise Out
+                answer = self._engine.ask("go_on", seconds=_SLICE)
+                run.tokens += answer["tokens"]
+                run.steps += answer["steps"]
+                run.seconds += answer["seconds"]
+                run.finished = answer["finished"]
+                self._watch(played, way.name)
+        return played
 
 
 def affordable_tokens(warm: Round, left: float, spent: float) -> int:
@@ -162,38 +202,5 @@ def affordable_tokens(warm: Round, left: float, spent: float) -> int:
     around = max(0.0, spent - decoding)
     a_token = sum(run.seconds / max(1, len(run.tokens)) for run in warm.runs.values())
     a_round = left / (_ROUNDS * len(TEMPERATURES))
-    tokens = int((a_round - around) / a_token) if a_token else _MOST_TOKENS
-    return min(max(tokens, _FEWEST_TOKENS), _MOST_TOKENS)
-
-
-class _Table:
-    """Where rounds are played."""
-
-    def __init__(self, engine: Engine, compared: Sequence[Way], clock: Clock, watch: Watch) -> None:
-        self._engine, self._compared = engine, compared
-        self._clock, self._watch = clock, watch
-
-    def round(self, number: int, temperature: float, prompt: Sequence[int], tokens: int) -> Round:
-        """Raises :class:`Out` if the time is up before the end."""
-        played = Round(number, temperature, {way.name: Run() for way in self._compared})
-        first = number // len(TEMPERATURES) % len(self._compared)
-        for way in (*self._compared[first:], *self._compared[:first]):
-            self._engine.ask("reset", changes=dict(way.settings))
-            params = {
-                "temperature": temperature,
-                "max_tokens": tokens,
-                "seed": 1000 + number,
-                "ignore_eos": True,
-            }
-            self._engine.ask("begin", prompt=list(prompt), params=params)
-            run = played.runs[way.name]
-            while not run.finished:
-                if self._clock.left() <= 0:
-                    raise Out
-                answer = self._engine.ask("go_on", seconds=_SLICE)
-                run.tokens += answer["tokens"]
-                run.steps += answer["steps"]
-                run.seconds += answer["seconds"]
-                run.finished = answer["finished"]
-                self._watch(played, way.name)
-        return played
+    tokens = (a_round - around) / a_token if a_token else math.inf
+    return int(min(max(tokens, _FEWEST_TOKENS), _MOST_TOKENS))

@@ -9,10 +9,11 @@ is up. ``--all`` measures several engines instead, vLLM alone among them.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from examples.demo import decoding
 from examples.demo.inflate import inflated_model
 from examples.demo.models import model_path
 from examples.demo.result import all_same, summary
-from examples.demo.rounds import Clock, Out, Round, play, ways
+from examples.demo.rounds import Clock, Out, Round, Table, ways
 from examples.demo.screen import Screen, screen
 from examples.demo.several_engines import ENGINE, PROMPT_TOKENS, demo_all
 from vllm_specplugin.errors import SpecPluginError
@@ -50,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--seconds", type=float, default=90, help="time for everything (default: 90)"
     )
     parser.add_argument(
+        "--prepare",
+        action="store_true",
+        help="make the model and compile what is run, which is kept; measure nothing",
+    )
+    parser.add_argument(
         "--all",
         action="store_true",
         help="measure several engines instead, vLLM alone and its ngram among them: minutes",
@@ -64,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.all:
             return demo_all(rounds=args.rounds, max_tokens=args.max_tokens, json_path=args.json)
-        return demo(args.seconds)
+        return prepare() if args.prepare else demo(args.seconds)
     except SpecPluginError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
@@ -83,29 +89,38 @@ def demo(seconds: float) -> int:
         EngineError: the engine did not start, or died.
     """
     clock = Clock(seconds - _AROUND)
-    source = model_path("target")
     rounds: list[Round] = []
-    with screen(clock, _decoder(source)) as shown, suppress(Out):
-        for one in _played(source, clock, shown):
+    with _screen(clock) as shown, suppress(Out), _table(clock, shown) as table:
+        for one in table.rounds():
             rounds.append(one)
             shown.played(one)
     print("\n".join(summary(rounds)))
     return 0 if rounds and all_same(rounds) else 1
 
 
-def _played(source: Path, clock: Clock, shown: Screen) -> Iterator[Round]:
-    """Loads, then plays. Raises :class:`Out` if the time is up while loading."""
-    draft = str(model_path("draft"))
+def prepare() -> int:
+    """Does once what later starts need not do again. Returns an exit code."""
+    clock = Clock(math.inf)
+    with _screen(clock) as shown, _table(clock, shown):
+        return 0
+
+
+@contextmanager
+def _table(clock: Clock, shown: Screen) -> Iterator[Table]:
+    """With an engine that is loaded and warm. Raises :class:`Out` if the time is up."""
+    source, draft = model_path("target"), str(model_path("draft"))
     with ThreadPoolExecutor(2) as side:
         making = side.submit(inflated_model, source)
-        target = _wait(making, lambda: "making the target model, once", shown, clock)
+        target = _wait(making, lambda: "making the target model", shown, clock)
         engine = EngineProcess("demo", _settings(target, draft), module=_MODULE)
         try:
             ready = side.submit(engine.wait_until_ready)
             cutting = side.submit(held_out_prompts, source, _PROMPTS, PROMPT_TOKENS)
             _wait(ready, lambda: _stage(engine.log()), shown, clock)
             prompts = _wait(cutting, lambda: "cutting prompts", shown, clock)
-            yield from play(engine, prompts, ways(draft), clock, shown.decoding)
+            table = Table(engine, prompts, ways(draft), clock, shown.decoding)
+            table.warm_up()
+            yield table
         except BaseException:
             engine.kill()  # whoever waits for it goes on
             raise
@@ -139,8 +154,8 @@ def _settings(target: Path, draft: str) -> dict[str, Any]:
     }
 
 
-def _decoder(model: Path) -> Callable[[Sequence[int]], str]:
+def _screen(clock: Clock) -> Screen:
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    return lambda tokens: str(tokenizer.decode(list(tokens)))
+    tokenizer = Tokenizer.from_file(str(model_path("target") / "tokenizer.json"))
+    return screen(clock, lambda tokens: str(tokenizer.decode(list(tokens))))

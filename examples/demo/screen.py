@@ -66,7 +66,8 @@ class Lines:
             self._print(f"{gone:4.0f} s  {stage}")
 
     def decoding(self, now: Round, way: str) -> None:
-        return None
+        if now.number < 0:
+            self.loading("warming up")
 
     def played(self, complete: Round) -> None:
         speeds = ", ".join(f"{way} {run.speed():.1f}" for way, run in complete.runs.items())
@@ -122,12 +123,12 @@ class Panes:
             grid.add_column(ratio=1)
         width = self._live.console.width // len(now.runs) - 4
         grid.add_row(*(self._pane(now, name, name == way, width) for name in now.runs))
-        left = max(0.0, self._clock.left())
-        round_ = "warming up" if now.number < 0 else f"round {now.number + 1}"
-        self._spinner.update(
-            text=f"{round_}, temperature {now.temperature:g}: the same prompt in turns; "
-            f"{left:.0f} s left"
-        )
+        told = f"temperature {now.temperature:g}: the same prompt in turns"
+        if now.number < 0:
+            told = f"warming up, {told}; {self._clock.gone():.0f} s"
+        else:
+            told = f"round {now.number + 1}, {told}; {max(0.0, self._clock.left()):.0f} s left"
+        self._spinner.update(text=told)
         self._live.update(Group(grid, self._spinner), refresh=True)
 
     def _pane(self, now: Round, way: str, active: bool, width: int) -> RenderableType:

@@ -6,14 +6,18 @@ from itertools import groupby
 
 import pytest
 
-from examples.demo.rounds import PLAIN, Round, Run, affordable_tokens, play
+from examples.demo.rounds import PLAIN, Out, Round, Run, Table, Watch, affordable_tokens
 from tests.examples.demo.fakes import WAYS, FakeDecoding, Time
 
 PROMPTS = [[number, 1, 2] for number in range(40)]
 
 
-def played(engine: FakeDecoding, time: Time, seconds: float = 60) -> list[Round]:
-    return list(play(engine, PROMPTS, WAYS, time.clock(seconds), lambda now, way: None))
+def played(
+    engine: FakeDecoding, time: Time, seconds: float = 60, watch: Watch = lambda now, way: None
+) -> list[Round]:
+    table = Table(engine, PROMPTS, WAYS, time.clock(seconds), watch)
+    table.warm_up()
+    return list(table.rounds())
 
 
 def test_all_ways_decode_the_same_prompt_with_the_same_seed() -> None:
@@ -59,7 +63,8 @@ def test_a_machine_that_turns_slow_costs_the_round_not_the_time() -> None:
 
 def test_no_time_no_round() -> None:
     time = Time()
-    assert played(FakeDecoding(time), time, 0.2) == []
+    with pytest.raises(Out):
+        played(FakeDecoding(time), time, 0.2)
 
 
 def test_a_slow_engine_decodes_less_in_each_round() -> None:
@@ -79,7 +84,7 @@ def test_what_is_watched_is_what_is_decoded() -> None:
     def watch(now: Round, way: str) -> None:
         seen.append((now.number, way, len(now.runs[way].tokens)))
 
-    rounds = list(play(FakeDecoding(time), PROMPTS, WAYS, time.clock(30), watch))
+    rounds = played(FakeDecoding(time), time, 30, watch)
     last = {key: [n for *_, n in found][-1] for key, found in groupby(seen, lambda s: s[:2])}
     for one in rounds:
         for way, run in one.runs.items():

@@ -80,6 +80,14 @@ def test_an_engine_that_loads_for_too_long_is_ended(demo, monkeypatch):
     assert "No round was complete" in out
 
 
+def test_preparing_measures_nothing(demo, monkeypatch):
+    monkeypatch.setattr(Fake, "loads_for", 1000.0)
+    code, out = demo("--prepare")
+    assert code == 0
+    assert "warming up" in out and "round" not in out and "tokens/s" not in out
+    assert Fake.made.closed and len(Fake.made.begun) == 6
+
+
 def panes(now: Round, way: str) -> list[str]:
     from rich.console import Console
 
