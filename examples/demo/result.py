@@ -79,6 +79,7 @@ def _notes(rounds: Sequence[Round], unclear: bool) -> Iterator[str]:
             "Cannot say: the rounds are too few or too different for an interval. "
             "Try --seconds 300."
         )
+    yield "Beside vLLM alone and vLLM's own ngram, in some minutes: make demo ARGS=--all"
 
 
 def _ratio(rounds: Sequence[Round], way: str) -> Ratio:

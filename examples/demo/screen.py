@@ -95,7 +95,7 @@ class Panes:
         self._clock, self._decode = clock, decode
         self._spinner = Spinner("dots")
         # Pictures are drawn between slices of decoding: never while one is timed.
-        self._live = Live(auto_refresh=False, transient=True)
+        self._live = Live(auto_refresh=False)
 
     def __enter__(self) -> Self:
         self._live.start()
