@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any, Self
 
 from vllm_specplugin.errors import SpecPluginError, complain
-from vllm_specplugin.utils.env import child_environment
+from vllm_specplugin.utils.env import engine_environment
 
 __all__ = ["EngineError", "EngineProcess"]
 
@@ -54,7 +54,7 @@ class EngineProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env=child_environment(
+            env=engine_environment(
                 **{
                     # One process per engine, none below it, and a plain number of
                     # threads, so that engines measured in turn are alike.
