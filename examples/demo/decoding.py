@@ -67,7 +67,7 @@ class Decoding:
 
 def _load(settings: Mapping[str, Any]) -> Any:
     _say("importing vLLM")
-    import vllm  # noqa: F401
+    from vllm import LLM  # noqa: F401
 
     _say("loading target and draft model, compiling")
     return engine.build_llm(settings)

@@ -21,7 +21,7 @@ TEMPERATURES = (0.0, 1.0)
 _ROUNDS = 10
 """Rounds at each temperature to aim at: enough for a bootstrap."""
 _FEWEST_TOKENS, _MOST_TOKENS = 24, 96
-_WARM_TOKENS = 20
+_WARM_TOKENS = 12
 _SLICE = 0.1
 """Seconds of decoding between two pictures."""
 
