@@ -4,5 +4,6 @@
 
 ``models`` finds the small trained models, ``inflate`` turns one into a larger
 model that computes the same function, ``workloads`` makes prompts, and ``run``
-measures. Tests and benchmarks use the first three, too.
+measures (by :mod:`.rounds`, or :mod:`.several_engines` with ``--all``). Tests and
+benchmarks use the first three, too.
 """

@@ -6,6 +6,7 @@ import json
 
 from vllm_specplugin import __version__
 from vllm_specplugin.cli import main
+from vllm_specplugin.vllm.doctor import _openmp
 
 
 def test_doctor_is_content_here(capsys):
@@ -25,3 +26,16 @@ def test_doctor_says_the_same_as_json(capsys):
     assert found["seams"]["differences"] == []
     assert {"python", "vllm", "seams", "platform"} <= {f["subject"] for f in found["findings"]}
     assert "server" not in found
+
+
+def test_doctor_says_how_to_preload_openmp(monkeypatch, tmp_path):
+    library = tmp_path / "lib" / "libiomp5.so"
+    library.parent.mkdir()
+    library.touch()
+    monkeypatch.setattr("sys.prefix", str(tmp_path))
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    (missing,) = _openmp()
+    assert f"LD_PRELOAD={library}" in missing.remedy and not missing.bad
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    (there,) = _openmp()
+    assert there.text == "libiomp is preloaded" and not there.remedy

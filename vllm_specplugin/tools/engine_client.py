@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any, Self
 
 from vllm_specplugin.errors import SpecPluginError, complain
-from vllm_specplugin.utils.env import child_environment
+from vllm_specplugin.utils.env import engine_environment
 
 __all__ = ["EngineError", "EngineProcess"]
 
@@ -54,7 +54,7 @@ class EngineProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env=child_environment(
+            env=engine_environment(
                 **{
                     # One process per engine, none below it, and a plain number of
                     # threads, so that engines measured in turn are alike.
@@ -92,9 +92,9 @@ class EngineProcess:
 
     def log(self) -> str:
         """What the engine has written to standard error so far."""
-        self._log.flush()
-        self._log.seek(0)
-        return self._log.read()
+        file = self._log.fileno()
+        # The engine shares the file's position: seeking would have it write over the start.
+        return os.pread(file, os.fstat(file).st_size, 0).decode("utf-8", "replace")
 
     def kill(self) -> None:
         """Ends the process at once, from any thread; whoever waits for an answer

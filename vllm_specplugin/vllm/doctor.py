@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_specplugin.errors import SpecPluginError
 from vllm_specplugin.tools.provenance import machine, versions
+from vllm_specplugin.utils.env import intel_openmp, openmp_preloaded
 from vllm_specplugin.vllm.compat.seam_list import SEAMS
 from vllm_specplugin.vllm.compat.seams import (
     SUPPORTED,
@@ -52,7 +53,7 @@ def examine() -> Iterator[Finding]:
         )
         return
     yield Finding("vllm", f"{installed_version()} {supported}")
-    for check in (_entry_point, _platform, _runner, _seams, _tree_attention, _defects):
+    for check in (_entry_point, _platform, _openmp, _runner, _seams, _tree_attention, _defects):
         yield from _safely(check)
 
 
@@ -152,6 +153,23 @@ def _platform() -> Iterator[Finding]:
         yield Finding("platform", name)
     else:
         yield Finding("platform", name, bad=True, remedy="use vLLM for CPU, CUDA or ROCm")
+
+
+def _openmp() -> Iterator[Finding]:
+    from vllm.platforms import current_platform
+
+    library = intel_openmp()
+    if not current_platform.is_cpu() or library is None:
+        return
+    if (preloaded := openmp_preloaded()) is not None:
+        yield Finding("openmp", f"{preloaded} is preloaded")
+        return
+    yield Finding(
+        "openmp",
+        "Intel's is not preloaded: beside other work steps can take ten times as long "
+        "(`specplugin ab` preloads it by itself)",
+        remedy=f"put it in front of your command: LD_PRELOAD={library} vllm serve ...",
+    )
 
 
 def _runner() -> Iterator[Finding]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from vllm_specplugin.errors import ConfigError, complain
 from vllm_specplugin.tools.engine_client import EngineError
-from vllm_specplugin.utils.env import MEND, child_environment
+from vllm_specplugin.utils.env import MEND, engine_environment
 
 __all__ = ["ServerProcess", "check_port", "flags", "free_port", "model_at"]
 
@@ -113,7 +113,7 @@ class ServerProcess:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
-            env=child_environment(
+            env=engine_environment(
                 VLLM_LOGGING_LEVEL="WARNING",
                 OMP_NUM_THREADS=str(min(2, os.cpu_count() or 1)),
                 **({MEND: "1"} if mend else {}),

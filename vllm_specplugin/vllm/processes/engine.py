@@ -148,13 +148,21 @@ def serve(llm: Any, commands: Mapping[str, Command], requests: TextIO, answers: 
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def main(commands: Mapping[str, Command] = COMMANDS) -> None:
-    """Entry point of the process."""
+def main(
+    commands: Mapping[str, Command] = COMMANDS,
+    build: Callable[[Mapping[str, Any]], Any] = build_llm,
+) -> None:
+    """Entry point of the process.
+
+    Args:
+        commands: what it answers.
+        build: makes the ``vllm.LLM`` from the settings.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints must not mix with answers
     settings = json.loads(sys.stdin.readline())
     try:
-        llm = build_llm(settings)
+        llm = build(settings)
     except Exception as error:
         traceback.print_exc()
         ready = {"error": f"{type(error).__name__}: {error}"}
