@@ -9,13 +9,14 @@ b  text with trees against text without drafts, float32 and bfloat16
 c  CUDA graphs: eager, piecewise, and what vLLM picks
 d  tokens per second of an inflated target: vLLM, its ngram and draft_model, trees
 e  time of tree attention against FlashAttention; of moving rows
+f  what the plugin costs while it verifies nothing, and vLLM's drafters under it
 
 A part that fails says why in the JSON and does not stop the others: on a GPU each
 has a process of its own, as an illegal access ends all work of the process it happens
 in, and is ended when ``--deadline`` seconds are over for all parts together; what it
 had found until then is kept. ``--dry-run`` does what a machine without a GPU can:
-part a on tiny shapes in Triton's interpreter, and part b with an engine on the CPU if
-it is asked for.
+part a on tiny shapes in Triton's interpreter, and parts b and f with engines on the CPU
+if they are asked for.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from typing import Any
 if find_spec("vllm_specplugin") is None:  # not installed: parts a and e do without
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-PARTS = "abcde"
+PARTS = "abcdef"
 Tell = Callable[[dict[str, Any]], None]
 """Keeps what a part has found so far."""
 
@@ -99,7 +100,12 @@ def parts(args: argparse.Namespace, device: str, tell: Tell) -> dict[str, Callab
         )
         return {"ok": attention["ok"], "attention": attention, "moves": moves}
 
-    return {"a": kernels, "b": equality, "c": graphs, "d": speed, "e": times}
+    def off() -> Any:
+        import gpu_off
+
+        return gpu_off.free_when_off(args, device, tell)
+
+    return {"a": kernels, "b": equality, "c": graphs, "d": speed, "e": times, "f": off}
 
 
 def attempt(part: Callable[[], Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from . import gpu_engines, run_gpu
+from . import gpu_engines, gpu_off, run_gpu
 
 SCRIPT = Path(run_gpu.__file__)
 
@@ -178,6 +178,17 @@ def test_what_is_expected_of_trees() -> None:
     }
 
 
+def test_what_may_not_be_slower_is_set_against_the_right_engine() -> None:
+    speeds = {"vLLM": [10.0, 20.0], "none": [9.9, 19.0], "vllm:draft_model": [8.0, 8.0],
+              "vLLM draft_model": [4.0, 10.0], "held at zero": []}  # fmt: skip
+    found = gpu_off.ratios({"batch 1": speeds})["batch 1"]
+    assert found.keys() == {"none", "vllm:draft_model"}
+    assert found["none"]["ratio"] == pytest.approx(0.97)
+    assert not found["none"]["ok"]
+    assert found["vllm:draft_model"]["ratio"] == pytest.approx(1.4)
+    assert found["vllm:draft_model"]["ok"]
+
+
 def test_engine_arguments_are_ones_vllm_and_the_plugin_take(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -190,13 +201,16 @@ def test_engine_arguments_are_ones_vllm_and_the_plugin_take(
     names = [gpu_engines.PLAIN, "vLLM ngram 4", "vLLM draft_model 4", "plugin"]
     gpu_engines._engines(names, "target", eager=False)
     gpu_engines._loading("float32", "TRITON_ATTN", eager=True)
+    monkeypatch.setattr(gpu_off, "EngineProcess", lambda _, s, **k: made.append(s))
+    for name in (*gpu_off.VLLM, *gpu_off.PLUGIN):
+        gpu_off._loading(name, "target", small=False)
     known = set(EngineArgs.__dataclass_fields__)
     for settings in made:
         chosen = settings["speculate"]
         arguments = settings["engine"] | (speculate(**chosen) if chosen else {})
         assert arguments.keys() <= known
     methods = [s["engine"].get("speculative_config", {}).get("method") for s in made]
-    assert methods == [None, "ngram", "draft_model", None, None]
+    assert methods == [None, "ngram", "draft_model", None, None, None, "draft_model", *[None] * 3]
     for variant in gpu_engines._variants().values():
         speculate(variant["proposer"], policy=variant["policy"],
                   options=variant["options"])  # fmt: skip

@@ -29,8 +29,9 @@ __all__ = [
     "use_first_runner",
 ]
 
-MEND = "SPECPLUGIN_MEND"
 SECOND_RUNNER_ON_CPU = "SPECPLUGIN_CPU_SECOND_RUNNER"
+"""Variable that asks for vLLM's second model runner on a CPU without Triton."""
+MEND = "SPECPLUGIN_MEND"
 """Variable that has a defect of vLLM's own speculation mended, in processes that
 only measure."""
 
