@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 _MODULE = "examples.demo.decoding"
 _PROMPTS = 40
-_AROUND = 4.0
+_AROUND = 5.0
 """Seconds kept for starting Python, before the clock, and for ending the engine."""
 _PATIENCE = 2.0
 _GLANCE = 0.15
