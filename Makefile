@@ -30,7 +30,7 @@ PREPARED := $(VENV)/.demo-prepared
 TORCH := $(shell sed -n 's/^torch==/&/p' $(LOCK))
 
 # Importing vLLM takes longer than most tests: these files are not even read.
-WITHOUT_VLLM := --ignore-glob='tests/vllm/test_*' $(addprefix --ignore=tests/vllm/,cpu_kernels interpreted mrv2)
+WITHOUT_VLLM := --ignore-glob='tests/vllm/test_*' $(addprefix --ignore=tests/vllm/,cpu_kernels interpreted second_runner)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 
@@ -45,7 +45,7 @@ NEXT_TESTS := $(addprefix tests/vllm/,test_drift.py test_releases.py test_vllm_n
 	cpu_kernels/test_pins.py)
 NEXT_ENGINES := $(addprefix tests/vllm/,engines/test_cpu_kernels.py \
 	servers/test_serving_statistics.py \
-	mrv2/test_text.py::test_text_is_vllms_own_without_speculation \
+	second_runner/test_text.py::test_text_is_vllms_own_without_speculation \
 	engines/test_exactness.py::test_text_is_the_same_as_without_speculation)
 
 .PHONY: help demo test test-all test-nightly test-next test-next-engines coverage lint fuzz docs audit clean

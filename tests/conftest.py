@@ -35,14 +35,15 @@ TIERS: dict[str, tuple[str, ...]] = {
     "vllm/cpu_kernels/test_twins.py": ("interpreted",),
     "vllm/cpu_kernels/twins": ("interpreted",),
     "vllm/engines": ("engine",),
-    "vllm/mrv2": ("engine", "interpreted"),
+    "vllm/second_runner": ("engine",),
+    "vllm/second_runner/test_interpreter.py": ("interpreted",),
     "vllm/interpreted": ("interpreted",),
     "vllm/test_interpreted.py": ("interpreted",),
     "vllm/servers": ("server",),
 }
 SLOWEST_FIRST = ["engine", "interpreted", "server", "gpu", "adapter", "example", "unit", "lint"]
 """A long group that starts last leaves one worker idle."""
-ENGINES_OF = ["vllm/engines/test_cpu_kernels", "vllm/mrv2", "vllm"]
+ENGINES_OF = ["vllm/engines/test_cpu_kernels", "vllm/second_runner", "vllm"]
 """What has an ``engine`` fixture of its own, the inner ones first."""
 LIGHT = {"unit", "example", "lint"}
 """Tiers whose tests must not import vLLM, which takes longer than most of them."""

@@ -26,7 +26,8 @@ def test_each_tier_has_its_place_in_the_order() -> None:
         ("test_cli.py", ("unit",)),
         ("vllm/test_args.py", ("adapter",)),
         ("vllm/engines/test_faults.py", ("engine",)),
-        ("vllm/mrv2/test_text.py", ("engine", "interpreted")),
+        ("vllm/second_runner/test_text.py", ("engine",)),
+        ("vllm/second_runner/test_interpreter.py", ("interpreted",)),
         ("load/test_soak.py", ("server", "load")),
     ],
 )

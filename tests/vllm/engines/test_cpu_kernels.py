@@ -81,7 +81,7 @@ def engine() -> Iterator[Callable[[str], EngineProcess]]:
                     "SPECPLUGIN_CPU_SECOND_RUNNER": str(int(name != "first")),
                     "OMP_NUM_THREADS": "1",
                 },
-                module="mrv2_child",
+                module="second_runner_child",
             )
         return started[name].wait_until_ready()
 

@@ -91,7 +91,7 @@ def start(name: str) -> EngineProcess:
             **ENVIRONMENT,
             "PYTHONPATH": f"{ASYNC}:{SUPPORT}" if name == "async" else str(SUPPORT),
         },
-        module="mrv2_child",
+        module="second_runner_child",
     )
 
 
