@@ -7,7 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_specplugin.trees.tree import DraftTree
@@ -91,6 +93,25 @@ def test_a_level_of_a_draft_model() -> None:
     assert layer.calls == 0
 
 
-def test_no_graph_holds_attention() -> None:
+@pytest.mark.parametrize(
+    ("mode", "second", "ranks", "offered"),
+    [
+        ("FULL_AND_PIECEWISE", True, 1, True),
+        ("FULL_DECODE_ONLY", True, 1, True),
+        ("FULL", True, 1, False),
+        ("PIECEWISE", True, 1, False),
+        ("FULL_AND_PIECEWISE", False, 1, False),
+        ("FULL_AND_PIECEWISE", True, 2, False),
+    ],
+)
+def test_full_graphs_hold_attention_where_steps_without_trees_have_their_own(
+    mode: str, second: bool, ranks: int, offered: bool
+) -> None:
     builder = backend.Tree_TRITON_ATTN.get_builder_cls()
-    assert builder.get_cudagraph_support(None, None) == AttentionCGSupport.NEVER
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode]),
+        use_v2_model_runner=second,
+        parallel_config=SimpleNamespace(data_parallel_size=ranks),
+    )
+    found = builder.get_cudagraph_support(config, None)
+    assert (found != AttentionCGSupport.NEVER) is offered

@@ -42,7 +42,10 @@ AROUND: Mapping[str, tuple[Seam, ...]] = {
         ),
         # What vLLM makes of our speculative_config.
         Seam("vllm.config:VllmConfig.__post_init__", ("self",)),
-        Seam("vllm.config:CUDAGraphMode", has=("NONE", "PIECEWISE")),
+        Seam("vllm.config:CUDAGraphMode", has=("FULL", "NONE", "PIECEWISE")),
+        Seam("vllm.config:CUDAGraphMode.separate_routine", ("self",)),
+        # Which graphs are captured for steps without drafts; a test runs it.
+        Seam("vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager._init_candidates", ("self",)),
         Seam(
             "vllm.config:SpeculativeConfig",
             has=names(

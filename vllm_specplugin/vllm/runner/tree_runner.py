@@ -32,12 +32,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.async_utils import AsyncOutput
 
 from vllm_specplugin.api import NoiseKind
 from vllm_specplugin.vllm.runner.async_step import DeviceSteps
 from vllm_specplugin.vllm.runner.counted_output import CountedOutput
+from vllm_specplugin.vllm.runner.plain_graphs import plain_graphs
 from vllm_specplugin.vllm.runner.sampling import TreeRejectionSampler, TreeSampler
 from vllm_specplugin.vllm.runner.speculator import TreeSpeculator
 from vllm_specplugin.vllm.runner.state import SpecState
@@ -116,10 +118,15 @@ class TreeModelState(_ModelState):
 
     spec_runner: TreeRunner
 
-    def prepare_attn(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        metadata: dict[str, Any] = super().prepare_attn(input_batch, *args, **kwargs)
+    def prepare_attn(
+        self, input_batch: InputBatch, cudagraph_mode: CUDAGraphMode, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        metadata: dict[str, Any] = super().prepare_attn(
+            input_batch, cudagraph_mode, *args, **kwargs
+        )
         step = step_of(input_batch)
         if step is not None and step.plan is not None:
+            assert cudagraph_mode != CUDAGraphMode.FULL, "it would replay attention without trees"
             for layer_metadata in metadata.values():
                 setattr(layer_metadata, PLAN_ATTRIBUTE, step.plan)
         return metadata
@@ -158,7 +165,8 @@ class TreeRunner(_Runner):
         return self.sampler
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
-        super().initialize_kv_cache(*args, **kwargs)
+        with plain_graphs(self.vllm_config, chains=self.spec.parts.follows_native):
+            super().initialize_kv_cache(*args, **kwargs)
         self.spec.chains_only = self._chains_only_reason()
 
     def _chains_only_reason(self) -> str | None:

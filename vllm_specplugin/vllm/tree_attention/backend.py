@@ -10,7 +10,8 @@ A step whose metadata carries no plan runs the parent untouched. One that does:
 - elsewhere the parent runs, the tree's rows are computed again from arrays on the
   host, and the nodes' keys and values are put aside for compaction.
 
-No CUDA graph may hold attention, see :mod:`.gpu`.
+No CUDA graph may hold attention over trees, see :mod:`.gpu`; full graphs of steps
+without trees may hold the parent's (:func:`full_graphs_offered`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm_specplugin.vllm.tree_attention import cpu, gpu, reference
 from vllm_specplugin.vllm.tree_attention.plan import DraftRows, TreeRows
 
-__all__ = ["PLAN_ATTRIBUTE", "TreeImpl", "register_tree_backends"]
+__all__ = ["PLAN_ATTRIBUTE", "TreeImpl", "full_graphs_offered", "register_tree_backends"]
 
 PLAN_ATTRIBUTE = "specplugin_tree_plan"
 """Where a step's attention metadata carries its plan."""
@@ -158,15 +159,33 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def full_graphs_offered(vllm_config: Any) -> bool:
+    """Whether full CUDA graphs may hold attention: vLLM's own, in steps without trees.
+
+    Only where steps that only decode have graphs of their own, which the second runner
+    finds by the number of tokens per request. With data parallelism ranks have to agree
+    on that number.
+    """
+    mode = vllm_config.compilation_config.cudagraph_mode
+    return bool(
+        vllm_config.use_v2_model_runner
+        and vllm_config.parallel_config.data_parallel_size == 1
+        and mode is not None
+        and mode.separate_routine()
+    )
+
+
 class TreeBuilder:
     """Mixed into a builder of attention metadata."""
 
-    _cudagraph_support = AttentionCGSupport.NEVER
-
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        del vllm_config, kv_cache_spec
-        return AttentionCGSupport.NEVER
+        if not full_graphs_offered(vllm_config):
+            return AttentionCGSupport.NEVER
+        offered: AttentionCGSupport = super().get_cudagraph_support(  # type: ignore[misc]
+            vllm_config, kv_cache_spec
+        )
+        return offered
 
 
 @lru_cache
