@@ -64,9 +64,10 @@ def summary(rounds: Sequence[Round]) -> Iterator[str]:
 def _notes(rounds: Sequence[Round], unclear: bool) -> Iterator[str]:
     tokens = len(rounds[0].runs[PLAIN].tokens)
     yield (
-        f"{len(rounds)} rounds of {tokens} tokens, in turns on the same prompts and seeds. "
-        "Prompts: held-out Python code."
+        f"{_counted(rounds)} of {tokens} tokens after held-out Python code, in turns on the same "
+        "prompts and seeds."
     )
+    yield "Every run starts cold: proposer and policy keep nothing of the run before."
     speeds = [one.runs[PLAIN].speed() for one in rounds]
     slow, fast = min(speeds), max(speeds)
     if fast > _BUSY * slow:
@@ -103,5 +104,9 @@ def _text(rounds: Sequence[Round], way: str) -> str:
         return ""
     other = len(rounds) - _same(rounds, way)
     if other:
-        return f"DIFFERENT in {other} of {len(rounds)} rounds"
-    return f"identical in all {len(rounds)} rounds"
+        return f"DIFFERENT in {other} of {_counted(rounds)}"
+    return f"identical in {'all ' if len(rounds) > 1 else ''}{_counted(rounds)}"
+
+
+def _counted(rounds: Sequence[Round]) -> str:
+    return f"{len(rounds)} round{'' if len(rounds) == 1 else 's'}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from examples.demo.rounds import Clock, Way, ways
+from examples.demo.rounds import Clock, ways
 
 WAYS = ways("drafts")
 SPEEDS = {"none": (100.0, 1), "suffix": (200.0, 3), "draft_model": (300.0, 4)}
@@ -86,7 +86,3 @@ class FakeDecoding:
 
     def close(self, patience: float = 10) -> None:
         self.closed = True
-
-
-def named(proposer: str) -> Way:
-    return next(way for way in WAYS if way.settings["proposer"] == proposer)
