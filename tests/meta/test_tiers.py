@@ -14,6 +14,12 @@ def test_what_is_named_exists() -> None:
     assert [name for name in ENGINES_OF if not list(HERE.glob(f"{name}*"))] == []
 
 
+def test_groups_reach_the_scheduler(request: pytest.FixtureRequest) -> None:
+    """Where tests are distributed, those that share engines must stay in one worker."""
+    distributed = hasattr(request.config, "workerinput")
+    assert request.node.nodeid.endswith("@meta/test_tiers") is distributed
+
+
 def test_each_tier_has_its_place_in_the_order() -> None:
     assert {marks[0] for marks in TIERS.values()} == set(SLOWEST_FIRST)
     assert set(SLOWEST_FIRST) >= LIGHT

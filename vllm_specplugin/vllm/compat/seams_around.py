@@ -176,6 +176,9 @@ AROUND: Mapping[str, tuple[Seam, ...]] = {
         ),
         # Parts of a step.
         Seam(f"{_V1}._model_forward"),
+        Seam("vllm.v1.worker.gpu.model_runner:set_forward_context"),
+        Seam("vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample"),
+        Seam("vllm.v1.worker.gpu.cudagraph_utils:ModelCudaGraphManager.run_fullgraph"),
         # Engines in processes of their own.
         Seam("vllm:LLM", has=("llm_engine",)),
         Seam("vllm:LLM.generate", names("self prompts sampling_params use_tqdm")),
