@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+from vllm.v1.worker.gpu import model_runner as second_runner
 
 from vllm_specplugin.utils.env import MEND, mending_wanted
+from vllm_specplugin.vllm.processes import step_parts
 from vllm_specplugin.vllm.processes.ab import _difference, _logprobs, _request
 from vllm_specplugin.vllm.processes.bench import _answer
 from vllm_specplugin.vllm.processes.step_parts import timed_parts
@@ -41,6 +44,41 @@ class Runner:
         self.model.compute_logits(1)
         self._sample()
         return self.propose_draft_token_ids()
+
+
+class SecondRunner:
+    """The target's head is called where it samples, its forward pass in a context."""
+
+    execute_model_state = None
+    cudagraph_manager = None
+
+    def __init__(self, spend):
+        self._spend = spend
+        self.model = SimpleNamespace(compute_logits=lambda: spend(1))
+        self.speculator = SimpleNamespace(propose=lambda: spend(20))
+
+    def sample(self):
+        self._spend(300)
+        self.model.compute_logits()
+
+    def step(self):
+        with second_runner.set_forward_context():
+            self._spend(4000)
+        self.sample()
+        self.speculator.propose()
+
+
+def test_the_second_runner_has_the_same_parts(monkeypatch):
+    spent = []
+    monkeypatch.setattr(step_parts, "_now", lambda: sum(spent))
+    monkeypatch.setattr(second_runner, "set_forward_context", nullcontext)
+    runner = SecondRunner(spent.append)
+    with timed_parts(engine(runner)) as result:
+        runner.step()
+        parts = result(5000.0)
+    assert parts == {"verify": 4001, "sample": 300, "draft": 20, "host": 679, "steps": 1}
+    assert second_runner.set_forward_context is nullcontext
+    assert "sample" not in vars(runner)
 
 
 def engine(runner, world_size=1):
