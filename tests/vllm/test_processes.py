@@ -49,7 +49,7 @@ class Runner:
 class SecondRunner:
     """The target's head is called where it samples, its forward pass in a context."""
 
-    execute_model_state = None
+    req_states = None
     cudagraph_manager = None
 
     def __init__(self, spend):

@@ -23,7 +23,7 @@ def meter(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
     """
     core = llm.llm_engine.engine_core.engine_core
     runner = core.model_executor.driver_worker.worker.model_runner
-    if not hasattr(runner, "execute_model_state") or not hasattr(runner, "req_states"):
+    if not hasattr(runner, "req_states"):
         raise UnsupportedError(
             complain(
                 f"metering {type(runner).__name__}",

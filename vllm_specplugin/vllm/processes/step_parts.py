@@ -95,7 +95,7 @@ def timed_parts(llm: Any) -> Iterator[Callable[[float], dict[str, Any] | None]]:
 
     def install(worker: Any) -> bool:
         runner = worker.model_runner
-        if hasattr(runner, "execute_model_state"):
+        if hasattr(runner, "req_states"):  # the second one
             module: Any = importlib.import_module("vllm.v1.worker.gpu.model_runner")
             whole = module.set_forward_context
             module.set_forward_context = clock.forward(whole)
