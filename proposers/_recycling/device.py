@@ -177,7 +177,7 @@ class DeviceRecycling:
         return keys.argsort(dim=-1, descending=True, stable=True)
 
     def observe_rows(self, tokens: torch.Tensor, top: torch.Tensor, emitted: torch.Tensor) -> None:
-        """See :class:`~vllm_specplugin.api.RowObserver`."""
+        """See :class:`~vllm_specplugin.api.ProposerBase`."""
         blank = len(self._matrix) - 1
         known = (tokens >= 0) & (tokens < blank)
         rows = torch.where(known, tokens, blank)

@@ -28,7 +28,7 @@ class DeviceContext:
     positions: torch.Tensor
     """``[r]`` int64: the position that the first drafted token would take."""
     seeds: torch.Tensor
-    """``[r]`` int64 keys of the noise, see :mod:`.murmur`."""
+    """``[r]`` int64 keys of the noise, see :mod:`vllm_specplugin.noise.murmur`."""
     temperatures: torch.Tensor
     """``[r]`` float32, 0 for greedy decoding."""
     chains: torch.Tensor

@@ -117,7 +117,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--spec-proposer",
         metavar="NAME",
         default=None,
-        help="What drafts: none, ngram, suffix, or a dotted path to a class.",
+        help="What drafts: a name from `specplugin list`, or a dotted path to a class.",
     )
     group.add_argument(
         "--spec-scorer",

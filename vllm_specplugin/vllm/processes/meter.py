@@ -38,6 +38,8 @@ def meter(llm: Any, request: dict[str, Any]) -> dict[str, Any]:
     finally:
         steps = counted.detach()
     steps = steps[len(steps) // 4 :]
+    if not steps:
+        raise ValueError("no decoding steps to count: give more max_tokens")
     waits: Counter[str] = sum((step.waits for step in steps), Counter())
     typical = sorted(steps, key=lambda step: step.launches.total())[len(steps) // 2]
     return {

@@ -28,7 +28,9 @@ OURS = "vllm_specplugin."
 _IDLE = ("empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "lift_fresh")
 """Operators that launch nothing, besides views."""
 _OPERATORS_THAT_WAIT = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal")
-_METHODS_THAT_WAIT = ("numpy", "tolist", "__array__", "cpu")
+_METHODS_THAT_WAIT = ("numpy", "tolist", "cpu")
+_IN_BETWEEN = ("torch.", "triton.", "contextlib", "vllm_specplugin.vllm.cpu_kernels.launch")
+"""Modules that launch on behalf of others."""
 
 
 @dataclass(slots=True)
@@ -207,7 +209,7 @@ def _place(frame: FrameType | None) -> str:
     """Where the innermost frame outside PyTorch is, if that is the plugin's."""
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module != __name__ and not module.startswith(("torch.", "contextlib")):
+        if module != __name__ and not module.startswith(_IN_BETWEEN):
             return f"{module}:{frame.f_code.co_name}" if module.startswith(OURS) else ""
         frame = frame.f_back
     return ""

@@ -10,7 +10,6 @@ right, sums are an upper bound.
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from vllm.v1.worker.gpu import model_runner
 
 __all__ = ["timed_parts"]
 
@@ -96,7 +96,7 @@ def timed_parts(llm: Any) -> Iterator[Callable[[float], dict[str, Any] | None]]:
     def install(worker: Any) -> bool:
         runner = worker.model_runner
         if hasattr(runner, "req_states"):  # the second one
-            module: Any = importlib.import_module("vllm.v1.worker.gpu.model_runner")
+            module: Any = model_runner  # mypy knows only what it exports
             whole = module.set_forward_context
             module.set_forward_context = clock.forward(whole)
             undo.append(partial(setattr, module, "set_forward_context", whole))

@@ -56,6 +56,10 @@ class Verifier(Protocol):
         """A step without drafts."""
         ...
 
+    def forget(self, slots: torch.Tensor) -> None:
+        """Requests whose drafts, if any, are not those of their last token."""
+        ...
+
     def verify(
         self, step: DeviceStep, rows: Rows, batch: InputBatch, invalid: torch.Tensor | None
     ) -> tuple[SamplerOutput, Observed | None]:
@@ -76,6 +80,9 @@ class Verifier(Protocol):
 
         Returns:
             ``[requests, num_speculative_tokens]`` what vLLM keeps of them.
+
+        Raises:
+            ValueError: they are not of that shape, or no 64-bit integers.
         """
         ...
 
@@ -117,6 +124,7 @@ class DeviceSteps:
 
     def restart(self, same_proposer: bool = False) -> None:
         self._failures = 0
+        self._failing = False
         self._drafted = False
         if same_proposer:
             return
@@ -136,8 +144,11 @@ class DeviceSteps:
                 )
             )
         self._proposer = None
-        self._verifier = (ChainVerifier if chains else TreeVerifier)(runner, self._limits)
-        if isinstance(parts.proposer, OffersDevice):
+        if chains:
+            self._verifier = ChainVerifier(runner, self._limits)
+        else:
+            assert isinstance(parts.proposer, OffersDevice)
+            self._verifier = TreeVerifier(runner, self._limits, self._chains)
             self._proposer = parts.proposer.on_device(runner.num_speculative_steps, runner.device)
 
     # ------------------------------------------------------------ requests
@@ -147,12 +158,15 @@ class DeviceSteps:
         most = self._runner.num_speculative_steps
         if chosen.max_nodes is not None:
             most = min(most, chosen.max_nodes)
-        if params.thinking_token_budget is not None or new.prompt_embeds is not None:
+        apart = chosen.scope != ""
+        learns = self._proposer is not None and self._proposer.top_tokens > 0
+        unseen = params.thinking_token_budget is not None or new.prompt_embeds is not None
+        if unseen or (apart and learns):
             most = 0
         self._most[slot] = most
         self._limits[slot] = most
         self._chains[slot] = self._runner.chain_only(params)
-        self._apart[slot] = chosen.scope != ""
+        self._apart[slot] = apart
         self._verifier.admit(slot)
 
     # -------------------------------------------------------------- a step
@@ -201,7 +215,7 @@ class DeviceSteps:
 
     def _likeliest(self, logits: torch.Tensor) -> torch.Tensor | None:
         wanted = 0 if self._proposer is None else self._proposer.top_tokens
-        if not wanted:
+        if not wanted or not self._drafting:
             return None
         values, ids = torch.topk(logits, min(wanted, logits.shape[-1]), dim=-1)
         return ids.masked_fill(torch.isneginf(values), -1)
@@ -230,19 +244,21 @@ class DeviceSteps:
         slots = batch.idx_mapping
         shape = (len(slots), self._runner.num_speculative_steps)
         if not self._drafted:
+            self._verifier.forget(slots)
             return torch.zeros(shape, dtype=torch.int64, device=slots.device)
         if own is not None:
             return own
         assert self._proposer is not None
-        tokens = torch.full(shape, -1, dtype=torch.int64, device=slots.device)
-        parents = tokens
+        if not self._failing:
+            self._failures = 0
+        self._failing = False
         try:
             context = self._context(step, batch, hidden_states)
-            tokens, parents = self._proposer.propose(context)
+            return self._verifier.keep(slots, *self._proposer.propose(context))
         except Exception as error:
             self._failed(error)
-        tokens = tokens.masked_fill(self._apart[slots][:, None], -1)
-        return self._verifier.keep(slots, tokens, parents)
+        self._verifier.forget(slots)
+        return torch.zeros(shape, dtype=torch.int64, device=slots.device)
 
     def _context(
         self, step: DeviceStep, batch: InputBatch, hidden_states: torch.Tensor
@@ -269,11 +285,17 @@ class DeviceSteps:
         failures = parts.metrics.failures
         failures["proposer_error"] += 1
         self._failures += 1
-        if self._failures == 1:
+        self._failing = True
+        if failures["proposer_error"] == 1:
             logger.error("proposer %r failed", parts.config.proposer, exc_info=error)
-        if self._failures >= parts.config.max_failures:
+        if self._failures >= parts.config.max_failures and parts.drafter.enabled:
             parts.drafter.enabled = False
             failures["disabled"] += 1
+            logger.error(
+                "proposer %r failed %d times in a row: no drafts until restart",
+                parts.config.proposer,
+                self._failures,
+            )
 
     def take_drafts(self) -> None:
         """Left to vLLM, which asks for them where there is a grammar."""

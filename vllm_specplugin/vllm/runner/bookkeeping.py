@@ -280,7 +280,8 @@ def draft_batch(
         ``[requests]`` the tokens of each tree, parents before children.
     """
     trees = spec.requests.trees
-    trees.clear()
+    for req_id in req_ids:  # those that the step left out keep theirs
+        trees.pop(req_id, None)
     drafts: list[list[int]] = [[] for _ in req_ids]
     drafted = draft_on_first_rank(
         spec.parts.drafter, list(requests.values()), inputs, step.fingerprint

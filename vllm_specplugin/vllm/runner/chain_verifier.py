@@ -47,6 +47,9 @@ class ChainVerifier:
     def skip(self) -> None:
         """Nothing is laid out here."""
 
+    def forget(self, slots: torch.Tensor) -> None:
+        """A chain is compared with what was read."""
+
     def verify(
         self, step: DeviceStep, rows: Rows, batch: InputBatch, invalid: torch.Tensor | None
     ) -> tuple[SamplerOutput, None]:

@@ -32,7 +32,8 @@ class CountedOutput(AsyncModelRunnerOutput):
     """
 
     def __init__(self, output: AsyncOutput, step: DeviceStep, spec: SpecState) -> None:
-        self._output, self._step, self._spec = output, step, spec
+        self._output, self._step = output, step
+        self._parts = spec.parts  # not those of a later reset
 
     def get_output(self) -> ModelRunnerOutput:
         """Waits for vLLM's copy; may run in another thread than the step did."""
@@ -44,7 +45,7 @@ class CountedOutput(AsyncModelRunnerOutput):
         return made
 
     def _count(self, lengths: np.ndarray, emitting: np.ndarray, req_ids: list[str]) -> None:
-        parts = self._spec.parts
+        parts = self._parts
         metrics = parts.metrics
         drafted = np.zeros_like(lengths)
         if self._step.verifies:

@@ -7,7 +7,7 @@ Overrides, in the order of a step:
 ``finish_requests``, ``add_requests``
     requests come with the seed of their noise, and go.
 ``prepare_inputs``
-    the trees behind the scheduled drafts are laid out on the device; the step
+    the trees behind the scheduled drafts are laid out; the step
     (:mod:`.step_in_flight`) goes onto vLLM's batch.
 ``prepare_attn``
     slots come from flat positions first; then nodes get position ``root + depth``.

@@ -28,13 +28,14 @@ class TreeVerifier:
     Args:
         runner: vLLM's, of ours.
         limits: ``[slots]`` int32 most nodes of each request.
+        chains: ``[slots]`` bool requests that cannot have a tree.
     """
 
-    def __init__(self, runner: TreeRunner, limits: torch.Tensor) -> None:
+    def __init__(self, runner: TreeRunner, limits: torch.Tensor, chains: torch.Tensor) -> None:
         device = runner.device
         shape = (runner.max_num_reqs, runner.num_speculative_steps)
         self._runner = runner
-        self._limits = limits
+        self._limits, self._chains = limits, chains
         self._trees = DeviceTrees(*shape, device)
         self._tokens = torch.full(shape, -1, dtype=torch.int64, device=device)
         self._parents = torch.full_like(self._tokens, -1)
@@ -52,6 +53,9 @@ class TreeVerifier:
 
     def skip(self) -> None:
         self._trees.clear()
+
+    def forget(self, slots: torch.Tensor) -> None:
+        self._tokens[slots] = -1
 
     def verify(
         self, step: DeviceStep, rows: Rows, batch: InputBatch, invalid: torch.Tensor | None
@@ -91,10 +95,17 @@ class TreeVerifier:
     def keep(
         self, slots: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor
     ) -> torch.Tensor:
-        nodes = torch.arange(tokens.shape[1], device=slots.device)
-        self._parents[slots] = torch.minimum(parents, nodes - 1).clamp(min=-1)
+        shape = (len(slots), self._tokens.shape[1])
+        if tokens.shape != shape or parents.shape != shape:
+            raise ValueError(f"drafts of shapes {tokens.shape} and {parents.shape}, not {shape}")
+        if tokens.dtype != torch.int64 or parents.dtype != torch.int64:
+            raise ValueError(f"drafts of {tokens.dtype} and {parents.dtype}, not torch.int64")
+        before = torch.arange(shape[1], device=slots.device) - 1
+        parents = torch.minimum(parents, before).clamp(min=-1)
+        self._parents[slots] = parents
         # Parents come before children, so the first nodes of a tree are one.
-        refused = (tokens >= self._runner.vocab_size) | (nodes >= self._limits[slots][:, None])
+        refused = (tokens >= self._runner.vocab_size) | (before + 1 >= self._limits[slots, None])
+        refused |= self._chains[slots, None] & (parents != before)
         tokens = tokens.masked_fill(refused, -1)
         self._tokens[slots] = tokens
         return tokens.clamp(min=0)

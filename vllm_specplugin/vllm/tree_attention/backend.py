@@ -42,7 +42,7 @@ class TreeImpl:
 
     read_blocks: reference.BlockReader | None = None
     """How this layer's cache is read; set once the cache exists, by
-    ``cache_layout.prepare_layers``."""
+    ``kv_cache.layout_probe.prepare_layers``."""
     device_kernel = False
     """Whether the Triton kernel reads this layer's cache; set likewise."""
 
