@@ -28,7 +28,8 @@ class Watch:
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             before = {r.request_id for r in self._scheduler.running if r.spec_token_ids}
-            trees = dict(getattr(getattr(self._runner, "spec", None), "trees", {}))
+            spec = getattr(self._runner, "spec", None)
+            trees = {} if spec is None else dict(spec.requests.trees)
             output = schedule(*args, **kwargs)
             self._count(output, before, trees)
             return output
@@ -90,6 +91,15 @@ def _strings(value: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
         for entry in value:
             yield from _strings(entry, path, depth + 1)
     elif type(value).__module__.startswith(_OURS):
-        for name, entry in getattr(value, "__dict__", {}).items():
+        for name, entry in _attributes(value):
             if name not in _PASSING and not name.startswith("_runner"):
                 yield from _strings(entry, f"{path}.{name}", depth + 1)
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    """In a dictionary or in slots."""
+    yield from getattr(value, "__dict__", {}).items()
+    for kind in type(value).__mro__:
+        for name in getattr(kind, "__slots__", ()):
+            if hasattr(value, name):
+                yield name, getattr(value, name)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tests.fuzz.adversary import FAULTY, MODES, PATH, Adversary
 from tests.fuzz.campaign import Plan, campaign
 from tests.fuzz.compare import compare
 from tests.fuzz.generate import make_frame, make_workload
+from tests.fuzz.leak_check import leaks
 from tests.fuzz.shrink import shrink
 from tests.fuzz.workload import Case, Frame, Request, Workload
 from vllm_specplugin import PROPOSERS
@@ -386,3 +388,17 @@ def test_the_command_reads_reproducers(tmp_path: Path, capsys: Any) -> None:
     broken.write_text("[]")
     assert main(["--workload", str(broken)]) == 2
     assert "give a file that the fuzzer wrote" in capsys.readouterr().err
+
+
+class _Slotted:
+    __slots__ = ("held",)
+
+    def __init__(self) -> None:
+        self.held = {"request-7": 1}
+
+
+def test_what_slots_hold_is_looked_into() -> None:
+    scheduler = SimpleNamespace(requests={}, running=[], waiting=[])
+    runner = SimpleNamespace(spec=_Slotted())
+    assert leaks(scheduler, runner, ["request-7"]) == ["spec.held still knows 'request-7'"]
+    assert leaks(scheduler, runner, ["request-8"]) == []
