@@ -54,7 +54,7 @@ class Server:
         os.close(handle)
 
     def __enter__(self) -> Self:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while True:
             try:
                 urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
