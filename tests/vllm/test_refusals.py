@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vllm_specplugin import UnsupportedError
+from vllm_specplugin.config import SpecConfig
 from vllm_specplugin.vllm.runner.async_step import DeviceSteps
 from vllm_specplugin.vllm.runner.startup_checks import check_first, check_head, check_second
 from vllm_specplugin.vllm.runner.tree_runner import TreeRunner, reads_drafts
@@ -131,7 +132,9 @@ def test_a_head_of_another_target_is_refused(method):
     check_head(narrow)
 
 
-@pytest.mark.parametrize(("proposer", "scorer"), [(object(), "exact"), (None, "typical")])
+@pytest.mark.parametrize(
+    ("proposer", "scorer"), [("suffix", "exact"), ("token_recycling", "typical")]
+)
 def test_asynchronous_scheduling_wants_the_device(proposer, scorer):
     class Offers:
         def on_device(self, nodes, device):
@@ -143,7 +146,8 @@ def test_asynchronous_scheduling_wants_the_device(proposer, scorer):
         num_speculative_steps=2,
     )
     parts = SimpleNamespace(
-        proposer=proposer or Offers(), config=SimpleNamespace(proposer="p", scorer=scorer)
+        proposer=object() if proposer == "suffix" else Offers(),
+        config=SpecConfig(proposer=proposer, scorer=scorer),
     )
     runner.spec = SimpleNamespace(parts=parts)
     with pytest.raises(UnsupportedError, match="asynchronous scheduling with") as error:

@@ -122,6 +122,9 @@ class Ours(TreeSpeculator, Drafter):
         self.spec_runner: Any = SimpleNamespace(
             spec=SimpleNamespace(parts=SimpleNamespace(**parts)),
             spec_path=SimpleNamespace(draft=draft),
+            spec_sampler=SimpleNamespace(
+                sampling_states=SimpleNamespace(temperature=SimpleNamespace(np=np.zeros(2)))
+            ),
         )
 
 
@@ -138,7 +141,7 @@ def test_drafts_that_vllm_skipped_are_not_looked_at(
 ) -> None:
     monkeypatch.setattr(speculator, "step_of", lambda batch: object())
     one: Any = Ours(follows_native=True)
-    one.propose("batch", None, None, "hidden", **said)
+    one.propose(SimpleNamespace(idx_mapping_np=[1, 0]), None, None, "hidden", **said)
     assert one.shown == [own]
 
 

@@ -242,6 +242,7 @@ RUNNERS: Mapping[str, tuple[Seam, ...]] = {
             _V2,
             has=(
                 *_RUNNERS_HAVE,
+                "cudagraph_manager",
                 "execute_model_state",
                 "model_state",
                 "num_speculative_steps",

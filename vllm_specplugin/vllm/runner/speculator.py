@@ -44,9 +44,9 @@ class TreeSpeculator:
         drafted is not scheduled, or never accepted."""
         runner, step = self.spec_runner, step_of(input_batch)
         own = None
-        temperatures = runner.spec_sampler.sampling_states.temperature.np
-        self.spec_greedy = not temperatures[input_batch.idx_mapping_np].any()
         if runner.spec.parts.follows_native:
+            temperatures = runner.spec_sampler.sampling_states.temperature.np
+            self.spec_greedy = not temperatures[input_batch.idx_mapping_np].any()
             # Also where nothing is to be drafted: it follows the target's text.
             own = super().propose(  # type: ignore[misc]
                 input_batch, attn_metadata, slot_mappings, last_hidden_states, *args, **kwargs
@@ -77,7 +77,7 @@ class TreeSpeculator:
         told that it drafts."""
         parts = self.spec_runner.spec.parts
         # A captured loop is replayed for other requests, and this is not asked again.
-        captured = hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()
+        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         greedy = self.spec_greedy and not captured
         if draft_logits is not None or greedy or not parts.couples_native:
             taken: torch.Tensor = super().sample_draft(  # type: ignore[misc]
