@@ -60,10 +60,10 @@ def test_without_a_gpu_it_says_what_can_be_done(capsys: Any) -> None:
 
 
 def test_all_parts_unless_some_are_named() -> None:
-    assert run_gpu.arguments([]).parts == list("abcde")
+    assert run_gpu.arguments([]).parts == list("abcdef")
     assert run_gpu.arguments(["--dry-run"]).parts == ["a"]
     made = run_gpu.parts(run_gpu.arguments([]), "cuda", lambda _: None)
-    assert list(made) == list("abcde")
+    assert list(made) == list("abcdef")
 
 
 CHILD = """
