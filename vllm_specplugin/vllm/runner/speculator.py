@@ -77,7 +77,7 @@ class TreeSpeculator:
         told that it drafts."""
         parts = self.spec_runner.spec.parts
         # A captured loop is replayed for other requests, and this is not asked again.
-        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         greedy = self.spec_greedy and not captured
         if draft_logits is not None or greedy or not parts.couples_native:
             taken: torch.Tensor = super().sample_draft(  # type: ignore[misc]
