@@ -177,9 +177,9 @@ def test_failures_in_a_row_switch_drafting_off_once(steps: Any) -> None:
 @pytest.mark.parametrize("why", [BAD, (TOKENS[:, :2], TREE[:, :2])])
 def test_a_failure_leaves_no_tree_of_an_earlier_step(steps: Any, why: Any) -> None:
     draft(steps, GOOD)
-    assert kept(steps._verifier, 2) == [5, 6, 7, 8]
+    assert kept(steps._trees, 2) == [5, 6, 7, 8]
     assert draft(steps, why).tolist() == [[0] * NODES] * 2
-    assert kept(steps._verifier, 2) == [-1] * NODES
+    assert kept(steps._trees, 2) == [-1] * NODES
     assert failures(steps) == {"proposer_error": 1}
 
 
@@ -188,4 +188,4 @@ def test_nor_does_switching_drafting_off(steps: Any) -> None:
     draft(steps, GOOD)
     steps._spec.parts.drafter.enabled = False
     assert draft(steps).tolist() == [[0] * NODES] * 2
-    assert kept(steps._verifier, 2) == [-1] * NODES
+    assert kept(steps._trees, 2) == [-1] * NODES

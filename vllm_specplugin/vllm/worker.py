@@ -79,6 +79,7 @@ class SpecWorkerMixin:
     def specplugin_stats(self) -> dict[str, Any]:
         """Counters since start; for ``collective_rpc("specplugin_stats")``."""
         spec = self.model_runner.spec  # type: ignore[attr-defined]
+        spec.settle()
         return {  # plain data only: it travels between processes
             **spec.parts.metrics.snapshot(),
             **spec.parts.drafter.snapshot(),

@@ -145,17 +145,10 @@ def test_text_is_vllms_own_without_speculation(name: str, temperature: float, en
     assert after["accepted"] > before["accepted"]
 
 
-def settled(one: EngineProcess) -> dict[str, Any]:
-    """Counters without drafts of earlier requests: a step may be in flight when the
-    last of them ends, and is counted with the next ones."""
-    texts(one, 0.0, spec_max_nodes=0)
-    return one.ask("stats")
-
-
 @pytest.mark.parametrize("name", ["async", "off", "chains"])
 def test_who_may_not_draft_has_vllms_own_steps(name: str, engine: Get) -> None:
     one = engine(name)
-    before = settled(one)
+    before = one.ask("stats")
     assert texts(one, 1.0, spec_max_nodes=0) == texts(engine("second"), 1.0)
     after = one.ask("stats")
     steps = after["steps"] - before["steps"]
@@ -167,7 +160,7 @@ def test_who_may_not_draft_has_vllms_own_steps(name: str, engine: Get) -> None:
 def test_a_limit_of_one_request_leaves_its_neighbours_alone(engine: Get) -> None:
     """Counted from the tokens that reached the host."""
     one = engine("chains")
-    before = settled(one)
+    before = one.ask("stats")
     assert texts(one, 1.0, spec_max_nodes=2) == texts(engine("second"), 1.0)
     after = one.ask("stats")
     assert after["nodes"] > before["nodes"]

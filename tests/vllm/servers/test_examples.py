@@ -55,7 +55,7 @@ def server() -> Iterator[str]:
     started = [line for line in one.log().splitlines() if "is active on" in line]
     assert len(started) == 1
     assert "proposer=suffix scorer=exact policy=goodput max_nodes=16" in started[0]
-    assert "(draft trees)" in started[0]
+    assert "scheduling=synchronous (draft trees" in started[0]
 
 
 def test_served_text_is_that_without_speculation(

@@ -12,7 +12,6 @@ import torch
 from vllm_specplugin.vllm.processes import engine
 from vllm_specplugin.vllm.processes.meter import meter
 from vllm_specplugin.vllm.runner import async_step, sampling, tree_runner, tree_verifier
-from vllm_specplugin.vllm.runner.chain_verifier import ChainVerifier
 from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows
 
@@ -20,7 +19,7 @@ _WHOLE_ROWS = DeviceTreePlan.__dict__["rows"]
 _WHOLE_PLACE = DeviceTreePlan.place
 _WHOLE_COMPACT = tree_verifier.compact_paths
 _WHOLE_ROWS_OF = async_step.rows_of
-_WHOLE_VERIFY, _WHOLE_PREPARE = ChainVerifier.verify, ChainVerifier.prepare
+_WHOLE_VERIFY = async_step.verify_chains
 _WHOLE_NOISE = sampling.gumbel_sample
 _WHOLE_STRIPPING = tree_runner.without_drafts
 
@@ -32,28 +31,28 @@ def break_part(llm: Any, request: dict[str, Any]) -> None:
     DeviceTreePlan.place = _stay if part == "positions" else _WHOLE_PLACE
     compact = _move_nothing if part == "compaction" else _WHOLE_COMPACT
     tree_verifier.compact_paths = compact
-    ChainVerifier.verify = _accept_all if part == "chains" else _WHOLE_VERIFY
-    ChainVerifier.prepare = _wait if part == "wait" else _WHOLE_PREPARE
+    broken = {"chains": _accept_all, "wait": _wait}
+    async_step.verify_chains = broken.get(part, _WHOLE_VERIFY)
     sampling.gumbel_sample = _shifted if part == "noise" else _WHOLE_NOISE
     tree_runner.without_drafts = _keep_tokens if part == "stripping" else _WHOLE_STRIPPING
     spec_child.break_part(llm, request)
     async_step.rows_of = _first_rows if part == "hidden" else _WHOLE_ROWS_OF
 
 
-def _accept_all(verifier: Any, step: Any, rows: Any, batch: Any, invalid: Any) -> Any:
+def _accept_all(rows: Any, batch: Any, *rest: Any) -> Any:
     """Every draft is taken for what was chosen before it."""
-    chosen, rows.draw = rows.draw(), lambda: None
+    chosen = rows.draw()
     taken = rows.read.roll(-1).to(chosen.dtype)
     last = batch.cu_num_logits[1:].long() - 1
     taken[last] = chosen[last]
     rows.draw = lambda: taken
-    return _WHOLE_VERIFY(verifier, step, rows, batch, invalid)
+    return _WHOLE_VERIFY(rows, batch, *rest)
 
 
-def _wait(verifier: Any, batch: Any) -> Any:
+def _wait(rows: Any, batch: Any, *rest: Any) -> Any:
     """Looks at the device from a frame of the plugin's, as far as the meter can tell."""
     exec("batch.seq_lens.tolist()", {"__name__": "vllm_specplugin.planted", "batch": batch})
-    return _WHOLE_PREPARE(verifier, batch)
+    return _WHOLE_VERIFY(rows, batch, *rest)
 
 
 def _shifted(logits: Any, index: Any, temperature: Any, seeds: Any, pos: Any, **how: Any) -> Any:

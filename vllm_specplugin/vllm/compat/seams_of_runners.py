@@ -285,7 +285,10 @@ RUNNERS: Mapping[str, tuple[Seam, ...]] = {
         # Where a step's tokens have reached the host.
         Seam("vllm.v1.outputs:AsyncModelRunnerOutput.get_output", ("self",)),
         Seam("vllm.v1.outputs:ModelRunnerOutput", has=("req_ids",)),
-        Seam(f"{_GPU}.async_utils:AsyncOutput"),
+        Seam(
+            f"{_GPU}.async_utils:AsyncOutput",
+            has=names("copy_event model_runner_output num_sampled_tokens_np sampled_token_ids"),
+        ),
         Seam(f"{_GPU}.async_utils:AsyncOutput.get_output", ("self",)),
         Seam(
             f"{_GPU}.model_states.interface:ModelState.prepare_attn",

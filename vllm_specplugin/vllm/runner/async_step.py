@@ -11,7 +11,7 @@ counted when vLLM's copy of its tokens has reached the host (:mod:`.counted_outp
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,11 +22,11 @@ from vllm_specplugin.config import resolve
 from vllm_specplugin.errors import UnsupportedError, complain
 from vllm_specplugin.vllm.compat.versions import limits
 from vllm_specplugin.vllm.runner.bookkeeping import params_of
-from vllm_specplugin.vllm.runner.chain_verifier import ChainVerifier
-from vllm_specplugin.vllm.runner.device_rows import Observed, owners
+from vllm_specplugin.vllm.runner.chain_verifier import verify_chains
 from vllm_specplugin.vllm.runner.sampling import Rows
 from vllm_specplugin.vllm.runner.state import SpecState
 from vllm_specplugin.vllm.runner.step_in_flight import DeviceStep, StepInFlight
+from vllm_specplugin.vllm.runner.step_rows import Observed, owners
 from vllm_specplugin.vllm.runner.target_rows import rows_of
 from vllm_specplugin.vllm.runner.tree_verifier import TreeVerifier
 
@@ -36,55 +36,9 @@ if TYPE_CHECKING:
 
     from vllm_specplugin.vllm.runner.tree_runner import TreeRunner
 
-__all__ = ["DeviceSteps", "Verifier"]
+__all__ = ["DeviceSteps"]
 
 logger = logging.getLogger(__name__)
-
-
-class Verifier(Protocol):
-    """What differs between chains of vLLM's drafters and trees of the plugin's."""
-
-    def admit(self, slot: int) -> None:
-        """A request takes a slot."""
-        ...
-
-    def prepare(self, batch: InputBatch) -> DeviceStep:
-        """Lays out a step's drafts."""
-        ...
-
-    def skip(self) -> None:
-        """A step without drafts."""
-        ...
-
-    def forget(self, slots: torch.Tensor) -> None:
-        """Requests whose drafts, if any, are not those of their last token."""
-        ...
-
-    def verify(
-        self, step: DeviceStep, rows: Rows, batch: InputBatch, invalid: torch.Tensor | None
-    ) -> tuple[SamplerOutput, Observed | None]:
-        """Decides a step's drafts.
-
-        Returns:
-            What vLLM expects of a sampler. Behind the emitted tokens of each request
-            two columns tell how many drafted tokens were verified and how many
-            accepted keys and values were moved, for :mod:`.counted_output`. And what
-            a proposer that watches rows is shown.
-        """
-        ...
-
-    def keep(
-        self, slots: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor
-    ) -> torch.Tensor:
-        """Keeps a step's drafts for the next one.
-
-        Returns:
-            ``[requests, num_speculative_tokens]`` what vLLM keeps of them.
-
-        Raises:
-            ValueError: they are not of that shape, or no 64-bit integers.
-        """
-        ...
 
 
 class DeviceSteps:
@@ -96,7 +50,8 @@ class DeviceSteps:
 
     _proposer: DeviceProposer | None
     """``None`` where vLLM's drafter drafts, or nothing does."""
-    _verifier: Verifier
+    _trees: TreeVerifier | None
+    """What the proposer drafts, ``None`` likewise: then vLLM keeps the drafts."""
     _length: int | None
     """See :meth:`~vllm_specplugin.api.ProposerBase.steady_length`."""
 
@@ -143,12 +98,10 @@ class DeviceSteps:
                     "pass all arguments that speculate() returns, without --async-scheduling",
                 )
             )
-        self._proposer = None
-        if chains:
-            self._verifier = ChainVerifier(runner, self._limits)
-        else:
+        self._proposer = self._trees = None
+        if not chains:
             assert isinstance(parts.proposer, OffersDevice)
-            self._verifier = TreeVerifier(runner, self._limits, self._chains)
+            self._trees = TreeVerifier(runner, self._limits, self._chains)
             self._proposer = parts.proposer.on_device(runner.num_speculative_steps, runner.device)
 
     # ------------------------------------------------------------ requests
@@ -167,7 +120,8 @@ class DeviceSteps:
         self._limits[slot] = most
         self._chains[slot] = self._runner.chain_only(params)
         self._apart[slot] = apart
-        self._verifier.admit(slot)
+        if self._trees is not None:
+            self._trees.forget(slot)
 
     # -------------------------------------------------------------- a step
 
@@ -185,10 +139,13 @@ class DeviceSteps:
     ) -> DeviceStep:
         del scheduler_output, started
         counts = batch.num_draft_tokens_per_req
-        if counts is None or not counts.any():
-            self._verifier.skip()
-            return DeviceStep(plan=None, verifies=False)
-        return self._verifier.prepare(batch)
+        verifies = counts is not None and bool(counts.any())
+        if self._trees is None:
+            return DeviceStep(plan=None, verifies=verifies)
+        if verifies:
+            return self._trees.prepare(batch)
+        self._trees.skip()
+        return DeviceStep(plan=None, verifies=False)
 
     def sample(
         self,
@@ -200,8 +157,11 @@ class DeviceSteps:
         assert isinstance(step, DeviceStep)
         top = self._likeliest(logits)
         rows = Rows(self._runner.sampler, logits, batch)
-        output, observed = self._verifier.verify(step, rows, batch, invalid)
-        if top is not None and observed is not None:
+        if self._trees is None:
+            most = self._runner.num_speculative_steps
+            return verify_chains(rows, batch, invalid, self._limits, most)
+        output, observed = self._trees.verify(step, rows, batch, invalid)
+        if top is not None:
             self._show(batch, observed, top)
         return output
 
@@ -243,22 +203,29 @@ class DeviceSteps:
         self._drafted = self._drafting and (self._proposer is not None or own is not None)
         slots = batch.idx_mapping
         shape = (len(slots), self._runner.num_speculative_steps)
-        if not self._drafted:
-            self._verifier.forget(slots)
-            return torch.zeros(shape, dtype=torch.int64, device=slots.device)
-        if own is not None:
-            return own
+        if self._drafted:
+            drafts = self._propose(step, batch, hidden_states) if own is None else own
+            if drafts is not None:
+                return drafts
+        if self._trees is not None:
+            self._trees.forget(slots)
+        return torch.zeros(shape, dtype=torch.int64, device=slots.device)
+
+    def _propose(
+        self, step: DeviceStep, batch: InputBatch, hidden_states: torch.Tensor
+    ) -> torch.Tensor | None:
+        """What the proposer drafts; ``None`` if it fails."""
         assert self._proposer is not None
+        assert self._trees is not None
         if not self._failing:
             self._failures = 0
         self._failing = False
         try:
-            context = self._context(step, batch, hidden_states)
-            return self._verifier.keep(slots, *self._proposer.propose(context))
+            tokens, parents = self._proposer.propose(self._context(step, batch, hidden_states))
+            return self._trees.keep(batch.idx_mapping, tokens, parents)
         except Exception as error:
             self._failed(error)
-        self._verifier.forget(slots)
-        return torch.zeros(shape, dtype=torch.int64, device=slots.device)
+            return None
 
     def _context(
         self, step: DeviceStep, batch: InputBatch, hidden_states: torch.Tensor

@@ -10,65 +10,42 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_specplugin.vllm.runner.device_rows import owners
 from vllm_specplugin.vllm.runner.sampling import Rows
-from vllm_specplugin.vllm.runner.step_in_flight import DeviceStep
+from vllm_specplugin.vllm.runner.step_rows import owners
 from vllm_specplugin.vllm.verification.chains import accept_chains
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-    from vllm_specplugin.vllm.runner.tree_runner import TreeRunner
-
-__all__ = ["ChainVerifier"]
+__all__ = ["verify_chains"]
 
 
-class ChainVerifier:
-    """See :class:`~.async_step.Verifier`.
+def verify_chains(
+    rows: Rows,
+    batch: InputBatch,
+    invalid: torch.Tensor | None,
+    limits: torch.Tensor,
+    most: int,
+) -> SamplerOutput:
+    """Decides the chains of a step.
 
     Args:
-        runner: vLLM's, of ours.
+        rows: the step's.
+        batch: the step's.
+        invalid: ``[rows]`` drafts that a grammar was not advanced over.
         limits: ``[slots]`` int32 most drafted tokens of each request.
+        most: drafted tokens of a request at most.
+
+    Returns:
+        What vLLM expects of a sampler, with the two columns of
+        :mod:`.counted_output` behind the emitted tokens.
     """
-
-    def __init__(self, runner: TreeRunner, limits: torch.Tensor) -> None:
-        self._runner = runner
-        self._limits = limits
-        self._most = runner.num_speculative_steps
-
-    def admit(self, slot: int) -> None:
-        """vLLM keeps the drafts."""
-
-    def prepare(self, batch: InputBatch) -> DeviceStep:
-        del batch
-        return DeviceStep(plan=None, verifies=True)
-
-    def skip(self) -> None:
-        """Nothing is laid out here."""
-
-    def forget(self, slots: torch.Tensor) -> None:
-        """A chain is compared with what was read."""
-
-    def verify(
-        self, step: DeviceStep, rows: Rows, batch: InputBatch, invalid: torch.Tensor | None
-    ) -> tuple[SamplerOutput, None]:
-        chosen = rows.draw()
-        drafted = rows.read
-        if invalid is not None:
-            drafted = drafted.masked_fill(invalid, -1)
-        emitted, lengths = accept_chains(
-            chosen, drafted, batch.cu_num_logits, batch.idx_mapping, self._limits, self._most
-        )
-        del step  # no proposer of chains asks where its last token came from
-        output = rows.output(emitted, lengths, lambda: _by_path(batch, emitted))
-        return output, None
-
-    def keep(
-        self, slots: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor
-    ) -> torch.Tensor:
-        del slots, parents
-        return tokens
+    drafted = rows.read if invalid is None else rows.read.masked_fill(invalid, -1)
+    emitted, lengths = accept_chains(
+        rows.draw(), drafted, batch.cu_num_logits, batch.idx_mapping, limits, most
+    )
+    return rows.output(emitted, lengths, lambda: _by_path(batch, emitted))
 
 
 def _by_path(batch: InputBatch, emitted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_specplugin.api import EngineInfo, ProposerBase, Scorer
 from vllm_specplugin.config import SpecConfig, build
@@ -97,6 +97,16 @@ class Requests:
     """Requests since start."""
 
 
+class Uncounted(Protocol):
+    """A step whose tokens have not reached the host when it was queued."""
+
+    counted: bool
+
+    def count(self) -> None:
+        """Counts it, once; waits for its tokens."""
+        ...
+
+
 class SpecState:
     """The plugin's part of a runner; ``runner.spec``.
 
@@ -112,6 +122,19 @@ class SpecState:
         """Why no request can have a tree; ``None`` if requests can."""
         self.last_drafting = time.perf_counter()
         """When the last drafting ended."""
+        self._uncounted: list[Uncounted] = []
+
+    def count_later(self, step: Uncounted) -> None:
+        """A step counts itself when vLLM asks for its tokens."""
+        self._uncounted = [one for one in self._uncounted if not one.counted]
+        self._uncounted.append(step)
+
+    def settle(self) -> None:
+        """Brings the counters up to date: vLLM may be done with all requests while a
+        step is in flight. Waits for the device."""
+        for step in self._uncounted:
+            step.count()
+        self._uncounted.clear()
 
     def admit(self, req_id: str, params: SamplingParams | None, seed: int) -> None:
         """A request came.

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_specplugin.vllm.kv_cache.path_compaction import compact_paths
-from vllm_specplugin.vllm.runner.device_rows import Observed, owners
 from vllm_specplugin.vllm.runner.sampling import Rows
 from vllm_specplugin.vllm.runner.step_in_flight import DeviceStep
+from vllm_specplugin.vllm.runner.step_rows import Observed, owners
 from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
 from vllm_specplugin.vllm.tree_attention.device_trees import DeviceTrees, walk
 
@@ -23,7 +23,7 @@ __all__ = ["TreeVerifier"]
 
 
 class TreeVerifier:
-    """See :class:`~.async_step.Verifier`.
+    """Keeps the drafts of all requests, by slot, and verifies those of a step.
 
     Args:
         runner: vLLM's, of ours.
@@ -40,10 +40,8 @@ class TreeVerifier:
         self._tokens = torch.full(shape, -1, dtype=torch.int64, device=device)
         self._parents = torch.full_like(self._tokens, -1)
 
-    def admit(self, slot: int) -> None:
-        self._tokens[slot] = -1
-
     def prepare(self, batch: InputBatch) -> DeviceStep:
+        """Lays out a step's drafts."""
         trees, slots = self._trees, batch.idx_mapping
         scheduled = batch.cu_num_logits.diff()[: batch.num_reqs] - 1
         trees.lay_out(self._tokens[slots], self._parents[slots], scheduled)
@@ -52,14 +50,23 @@ class TreeVerifier:
         return DeviceStep(plan=None if chains else nodes, verifies=True)
 
     def skip(self) -> None:
+        """A step without drafts."""
         self._trees.clear()
 
-    def forget(self, slots: torch.Tensor) -> None:
+    def forget(self, slots: torch.Tensor | int) -> None:
+        """Requests came, or their drafts, if any, are not those of their last token."""
         self._tokens[slots] = -1
 
     def verify(
         self, step: DeviceStep, rows: Rows, batch: InputBatch, invalid: torch.Tensor | None
     ) -> tuple[SamplerOutput, Observed]:
+        """Decides a step's drafts.
+
+        Returns:
+            What vLLM expects of a sampler, with the two columns of
+            :mod:`.counted_output` behind the emitted tokens; and what a proposer that
+            watches rows is shown.
+        """
         chosen = rows.draw()
         trees, count = self._trees, batch.num_reqs
         starts = batch.cu_num_logits[:count].long()
@@ -95,6 +102,14 @@ class TreeVerifier:
     def keep(
         self, slots: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor
     ) -> torch.Tensor:
+        """Keeps a step's drafts for the next one.
+
+        Returns:
+            ``[requests, num_speculative_tokens]`` what vLLM keeps of them.
+
+        Raises:
+            ValueError: they are not of that shape, or no 64-bit integers.
+        """
         shape = (len(slots), self._tokens.shape[1])
         if tokens.shape != shape or parents.shape != shape:
             raise ValueError(f"drafts of shapes {tokens.shape} and {parents.shape}, not {shape}")
