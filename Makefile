@@ -18,8 +18,10 @@
 # Tests run two at a time; ARGS="-k tree" goes to pytest.
 #
 # PYTHON chooses the interpreter (3.11 or newer) that .venv is made with. Bytecode
-# is made on first import: compiling all packages would double the set-up time.
+# is made on first import, wherever the caller's environment forbids it too: without
+# it each engine would compile all of torch and vLLM, 15 s more at every start.
 
+unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 ARGS ?=
 VENV := .venv
