@@ -123,8 +123,12 @@ def test_nothing_is_left_of_a_request_that_is_gone():
     batch = Batch({"a": 0.1, "b": 0.1})
     batch.step()
     batch.step()
-    assert {"a", "b"} <= set(batch.backoff._foreseen)
+    batch.backoff.turns(["a", "b"], [1, 1])
+    batch.backoff.learn(
+        {"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 1.0}, worth=1.0, step=1.0, requests=2, call=float
+    )
+    assert {"a", "b"} <= set(batch.backoff._calls[0].expected)
     batch.backoff.release(["a"])
     assert "a" not in batch.backoff._waits
-    assert "a" not in batch.backoff._foreseen
+    assert "a" not in batch.backoff._calls[0].expected
     assert "b" in batch.backoff._waits

@@ -142,7 +142,7 @@ def test_one_that_keeps_failing_is_not_called_again(caplog):
         for _ in range(6):
             assert tokens(made.draft([request("a")])) == [[]]
     assert len(made._proposer.calls) == 3
-    assert not made.enabled
+    assert not made.failures.enabled
     assert metrics.failures == {"proposer_error": 3, "disabled": 1}
     errors = [r for r in caplog.records if r.levelno == logging.ERROR]
     warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
@@ -156,7 +156,7 @@ def test_a_success_forgives_earlier_failures():
     for i in range(12):
         answers["a"] = GOOD if i % 3 == 2 else RuntimeError("boom")
         made.draft([request("a")])
-    assert made.enabled
+    assert made.failures.enabled
 
 
 def test_zero_budget_means_no_call():

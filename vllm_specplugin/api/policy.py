@@ -58,6 +58,8 @@ class TrimContext:
     weighs them with q. Whether such a node is kept may depend on nodes before
     it in survival, never on its own value or on its descendants: retrospective
     choices bias the output (2607.05147, appendix A)."""
+    step: int = 0
+    """Number of the step that will verify what is kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +76,10 @@ class StepOutcome:
     """Depth of each verified tree."""
     accepted: Sequence[int]
     """Nodes accepted per request."""
-    foreseen: Sequence[int]
+    foreseen: Sequence[float]
     """Depth to which the text followed what was drafted for each request,
-    verified or not; at least ``accepted``."""
+    verified or not; at least ``accepted``. Where the host does not see the drafts,
+    unverified nodes count as much as was expected of them."""
     masked: int
     """Nodes of the step under the tree mask."""
     prompt_tokens: int
@@ -92,6 +95,9 @@ class StepOutcome:
     sample_seconds: float = 0.0
     """Of ``seconds``, those from the logits to the tokens: sampling and scoring.
     On a GPU the wait for the forward pass falls into them."""
+    step: int = 0
+    """As in :attr:`TrimContext.step`. With asynchronous scheduling the nodes of
+    another step have been chosen in between."""
 
 
 @runtime_checkable
@@ -140,8 +146,11 @@ class PolicyBase(AlgorithmBase):
     def steady_nodes(cls, config: Any, max_nodes: int) -> int | None:
         """How many nodes every request gets in every step.
 
-        Only a policy that never decides step by step can answer. Asynchronous
-        scheduling needs the answer, since the host then does not know the drafts.
+        Only a policy that never decides step by step can answer. With asynchronous
+        scheduling, where the host does not know the drafts, as many are then drafted
+        and the policy is not asked. Any other is asked a step ahead: it is shown each
+        request's nodes as a chain, best first, with the survival that is expected of
+        them, and the first of them that it keeps are verified.
 
         Args:
             config: the parsed options.

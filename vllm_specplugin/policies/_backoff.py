@@ -51,6 +51,17 @@ class _Wait:
 _NEW = _Wait()
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call of the proposer whose drafts are not verified yet."""
+
+    planned: bool
+    """Whether it was the turn of the batch."""
+    expected: dict[str, tuple[float, float]]
+    """Seconds that each request's drafts should save, and the accepted tokens
+    expected of them."""
+
+
 class Backoff:
     """Remembers what drafts saved.
 
@@ -67,9 +78,8 @@ class Backoff:
         """Seconds that a call saved requests that are gone, newer ones more."""
         self._asked: list[str] = []
         """Requests of the last call."""
-        self._foreseen: dict[str, tuple[float, float]] = {}
-        """Seconds that their drafts should save, and the accepted tokens expected
-        of them."""
+        self._calls: dict[int, _Call] = {}
+        """By the step that verifies their drafts."""
         self._now = self._turn = 0
         """Steps so far, and where among those due the next few are taken."""
         self._planned = False
@@ -80,7 +90,7 @@ class Backoff:
     def turns(self, req_ids: Sequence[str], limits: Sequence[int]) -> list[int]:
         """The limits of those whose turn it is, 0 for the others."""
         self._now += 1
-        self._asked, self._foreseen = [], {}
+        self._asked = []
         self._planned = self._batch.due <= self._now
         due = [
             i
@@ -110,6 +120,7 @@ class Backoff:
         step: float,
         requests: int,
         call: Callable[[int], float],
+        number: int = 0,
     ) -> None:
         """After drafting.
 
@@ -120,6 +131,7 @@ class Backoff:
             step: seconds of a step without drafts.
             requests: of the step.
             call: seconds of a call of the proposer for some requests.
+            number: of the step that verifies the drafts.
         """
         if not self._asked:
             return
@@ -129,48 +141,53 @@ class Backoff:
         if presumed is None:
             known = self._batch.calls >= 0
             presumed = self._batch.saved if known else step / requests
-        for req_id in self._asked:
-            self._foreseen[req_id] = saved[req_id], expected[req_id]
+        # Asked a step ahead, some may have ended since.
+        asked = {r: (saved[r], expected[r]) for r in self._asked if r in saved}
+        self._calls[number] = _Call(self._planned, asked)
+        for req_id in asked:
             self._waits.setdefault(req_id, _Wait(saved=presumed))
 
-    def observe(self, req_ids: Sequence[str], foreseen: Sequence[int]) -> None:
+    def observe(self, req_ids: Sequence[str], foreseen: Sequence[float], number: int = 0) -> None:
         """After verification: how far the text followed what was drafted."""
-        if not self._foreseen:
+        call = self._calls.pop(number, None)
+        self._calls = {n: one for n, one in self._calls.items() if n > number}
+        if call is None:
             return
         every = len(req_ids)
         marginal = max(0.0, self._call(2) - self._call(1))
         longest = _longest(marginal, self._allowed / max(1, every))
         found = []
         for req_id, right in zip(req_ids, foreseen):
-            if req_id not in self._foreseen:
+            if req_id not in call.expected:
                 continue
-            wait, (saved, expected) = self._waits[req_id], self._foreseen[req_id]
+            wait, (saved, expected) = self._waits[req_id], call.expected[req_id]
             found.append(saved + (right - expected) * self._worth)
             wait.learn(found[-1])
             wait.judge(wait.saved > marginal, self._now, longest)
         if found:
             self._batch.learn(sum(found) / len(found))
-        self._judge_batch(req_ids, marginal)
+        self._judge_batch(req_ids, marginal, call)
 
-    def _judge_batch(self, req_ids: Sequence[str], marginal: float) -> None:
+    def _judge_batch(self, req_ids: Sequence[str], marginal: float, call: _Call) -> None:
         every, few = len(req_ids), self._batch.period > 1
         known = [self._waits[r].saved for r in req_ids if r in self._waits]
         paying = [seconds for seconds in known if seconds > marginal]
         pays = bool(paying) and sum(paying) > self._call(len(paying))
         pays |= few and self._batch.saved * every > self._call(every)
-        if pays or self._planned:
+        if pays or call.planned:
             longest = _longest(self._call(_few(every)), self._allowed)
             self._batch.judge(pays, self._now, longest)
         if few and pays:
             for req_id, wait in self._waits.items():
-                if req_id not in self._foreseen:
+                if req_id not in call.expected:
                     wait.saved = max(wait.saved, self._batch.saved)
                     wait.due = wait.calls = 0
 
     def release(self, req_ids: Sequence[str]) -> None:
         """Forgets requests, but not what their drafts saved."""
         for req_id in req_ids:
-            self._foreseen.pop(req_id, None)
+            for call in self._calls.values():
+                call.expected.pop(req_id, None)
             if (wait := self._waits.pop(req_id, None)) is not None:
                 usual = wait.saved if self._usual is None else self._usual
                 self._usual = usual + _FADE * (wait.saved - usual)

@@ -193,6 +193,7 @@ class GoodputPolicy(PolicyBase):
             step=plain,
             requests=requests,
             call=self._times.draft_seconds,
+            number=ctx.step,
         )
 
     # ------------------------------------------------------------ learning
@@ -215,7 +216,7 @@ class GoodputPolicy(PolicyBase):
         # Not after a prompt or a pause: a draft model then runs what it missed.
         if 0 < outcome.draft_requests <= self._steady:
             self._times.observe_draft(outcome.draft_requests, outcome.draft_seconds)
-        self._backoff.observe(outcome.req_ids, outcome.foreseen)
+        self._backoff.observe(outcome.req_ids, outcome.foreseen, outcome.step)
         self._steady = 0 if outcome.prompt_tokens else outcome.draft_requests
         self._steps += 1
         self._plain_steps += not nodes

@@ -7,7 +7,6 @@ drafts; after too many failures in a row it is not called again until restart.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,14 +32,13 @@ from vllm_specplugin.errors import DraftTreeError, complain
 from vllm_specplugin.step.calibration import Calibration
 from vllm_specplugin.step.draft_request import DraftInputs, DraftRequest
 from vllm_specplugin.step.drafted import Drafted
+from vllm_specplugin.step.failures import Failures
 from vllm_specplugin.step.trace import TraceWriter
 from vllm_specplugin.telemetry.counters import SpecMetrics
 from vllm_specplugin.trees.batch import Forest, warm_up
 from vllm_specplugin.trees.tree import EMPTY_TREE, DraftTree
 
 __all__ = ["Drafter"]
-
-logger = logging.getLogger(__name__)
 
 NO_INPUTS = DraftInputs()
 
@@ -68,21 +66,19 @@ class Drafter:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._proposer = proposer
-        self._policy = policy
+        self.policy = policy
         self._config = config
         self._engine = engine
         self._metrics = metrics
         self._clock = clock
-        self._failures_in_row = 0
-        self._failed_since = False
+        self.failures = Failures(config, metrics)
         self._propose_seconds = 0.0
-        self._logged: set[str] = set()
         self._last: Drafted | None = None
         self.calibration = Calibration()
         warm_up()
         self.trace: TraceWriter | None = None
         self._sampled: dict[str, bool] = {}
-        self.enabled = True
+        self._step = 0
         self.draft_requests = 0
         """Requests of the last call of the proposer; 0 if it was not called."""
         self.draft_seconds = 0.0
@@ -99,8 +95,9 @@ class Drafter:
         """
         trees = [EMPTY_TREE] * len(requests)
         self._last = None
+        self._step += 1
         self.draft_requests, self.draft_seconds = 0, 0.0
-        if not requests or not self.enabled:
+        if not requests or not self.failures.enabled:
             return trees
         if self.trace is not None:
             self._sampled = {r.req_id: not r.greedy for r in requests}
@@ -121,10 +118,7 @@ class Drafter:
         if len(last.forest) and not self._in_time("a policy", choosing):
             last.kept[:] = False
             trees = [EMPTY_TREE] * len(requests)
-        # In a row are failures with no draft between them that went well.
-        if not self._failed_since:
-            self._failures_in_row = 0
-        self._failed_since = False
+        self.failures.end_of_drafting()
         return trees
 
     def release(self, req_ids: Sequence[str]) -> None:
@@ -132,18 +126,18 @@ class Drafter:
         self.calibration.release(req_ids)
         parts: dict[str, AlgorithmBase] = {
             "proposer_error": self._proposer,
-            "policy_error": self._policy,
+            "policy_error": self.policy,
         }
         for kind, part in parts.items():
             try:
                 part.release(req_ids)
             except Exception as error:
-                self._failed(kind, error)
+                self.failures.add(kind, error)
 
     @property
     def needs(self) -> Needs:
         """What the proposer asks of the engine: nothing once it is switched off."""
-        return self._proposer.needs if self.enabled else Needs()
+        return self._proposer.needs if self.failures.enabled else Needs()
 
     def observe_rows(
         self,
@@ -158,7 +152,7 @@ class Drafter:
         try:
             self._proposer.observe_rows(tokens, top, emitted, scope=scope)
         except Exception as error:
-            self._failed("proposer_error", error)
+            self.failures.add("proposer_error", error)
 
     def observe(self, outcome: StepOutcome, emitted: npt.NDArray[np.integer]) -> None:
         """Learns what became of a step.
@@ -173,9 +167,9 @@ class Drafter:
             if last is not None:
                 foreseen = self._calibrate(last, outcome, emitted)
                 outcome = replace(outcome, foreseen=foreseen)
-            self._policy.observe(outcome)
+            self.policy.observe(replace(outcome, step=self._step))
         except Exception as error:
-            self._failed("policy_error", error)
+            self.failures.add("policy_error", error)
         if self.trace is not None:
             self.trace.step(outcome, emitted, self._sampled, last)
             if self.trace.failed:
@@ -184,13 +178,13 @@ class Drafter:
     def snapshot(self) -> dict[str, Any]:
         """Plain data: how good estimates are, and what policy and proposer tell."""
         told: dict[str, Any] = {"estimates": self.calibration.snapshot()}
-        parts: dict[str, AlgorithmBase] = {"policy": self._policy, "drafting": self._proposer}
+        parts: dict[str, AlgorithmBase] = {"policy": self.policy, "drafting": self._proposer}
         for key, part in parts.items():
             try:
                 told[key] = dict(part.snapshot())
             except Exception as error:
                 kind = "policy_error" if key == "policy" else "proposer_error"
-                self._failed(kind, error)
+                self.failures.add(kind, error)
                 told[key] = {}
         return told
 
@@ -229,7 +223,7 @@ class Drafter:
             options=[r.options for r in requests],
         )
         try:
-            budgets = list(self._policy.budget(ctx))
+            budgets = list(self.policy.budget(ctx))
             if len(budgets) != len(requests):
                 raise ValueError(
                     complain(
@@ -241,7 +235,7 @@ class Drafter:
             # A request's own floor holds under any policy.
             return [min(max(int(n), r.floor), r.limit) for n, r in zip(budgets, requests)]
         except Exception as error:
-            self._failed("policy_error", error)
+            self.failures.add("policy_error", error)
             return [0] * len(requests)
 
     def _propose(self, views: list[RequestView], inputs: DraftInputs) -> list[DraftTree]:
@@ -273,18 +267,18 @@ class Drafter:
             f"at most {allowed} ms",
             "raise draft_timeout_ms or use a faster one",
         )
-        self._failed("timeout", TimeoutError(message))
+        self.failures.add("timeout", TimeoutError(message))
         return False
 
     def _context(self, views: list[RequestView], inputs: DraftInputs) -> ProposeContext:
         return inputs.context(
             views,
-            rate=float(self._policy.rate),
-            node_price=float(self._policy.node_price),
+            rate=float(self.policy.rate),
+            node_price=float(self.policy.node_price),
         )
 
     def _propose_alone(self, view: RequestView, inputs: DraftInputs) -> DraftTree | None:
-        if not self.enabled:
+        if not self.failures.enabled:
             return None
         try:
             ctx = self._context([view], inputs)
@@ -294,7 +288,7 @@ class Drafter:
 
     def _lost(self, views: list[RequestView], error: Exception) -> list[DraftTree | None]:
         malformed = isinstance(error, DraftTreeError)
-        self._failed("malformed_tree" if malformed else "proposer_error", error)
+        self.failures.add("malformed_tree" if malformed else "proposer_error", error)
         return [None] * len(views)
 
     def _checked(
@@ -328,7 +322,7 @@ class Drafter:
                 tree.validate(max_nodes=view.max_nodes, vocab_size=self._engine.vocab_size)
                 checked.append(tree.no_deeper(view.max_depth))
             except DraftTreeError as error:
-                self._failed("malformed_tree", error)
+                self.failures.add("malformed_tree", error)
                 checked.append(None)
         return checked
 
@@ -351,9 +345,10 @@ class Drafter:
             survival=likely.survival(),
             off_chain=likely.off_chain(),
             sampled=likely.drawn,
+            step=self._step,
         )
         try:
-            keep = np.asarray(self._policy.trim(ctx))
+            keep = np.asarray(self.policy.trim(ctx))
             if keep.shape != (len(forest),) or keep.dtype != np.bool_:
                 raise ValueError(
                     complain(
@@ -371,30 +366,8 @@ class Drafter:
                     )
                 )
         except Exception as error:
-            self._failed("policy_error", error)
+            self.failures.add("policy_error", error)
             return [EMPTY_TREE] * len(requests)
         keep = likely.in_drawn_order(likely.at_least(keep, ctx.survival, ctx.floors))
         last.kept[:] = keep
         return likely.pick(keep)
-
-    def _failed(self, kind: str, error: Exception) -> None:
-        self._metrics.failures[kind] += 1
-        self._failures_in_row += 1
-        self._failed_since = True
-        cause = f"{type(error).__name__}: {error}"
-        if kind not in self._logged:
-            self._logged.add(kind)
-            logger.warning("drafts lost (%s), counted from now on: %s", kind, cause)
-        if self.enabled and self._failures_in_row >= self._config.max_failures:
-            self.enabled = False
-            self._metrics.failures["disabled"] += 1
-            logger.error(
-                "proposer %r and policy %r are switched off until restart after "
-                "%d failures in a row; the last one was %s: %s. Generation goes on "
-                "without drafts.",
-                self._config.proposer,
-                self._config.policy,
-                self._failures_in_row,
-                kind,
-                cause,
-            )
