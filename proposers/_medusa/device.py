@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_specplugin.api.device_proposer import DeviceContext
+from vllm_specplugin.api.device_proposer import DeviceContext, DeviceDrafts
 from vllm_specplugin.heads.accuracies import HeadCalibration
 from vllm_specplugin.heads.medusa import MedusaHeads
 from vllm_specplugin.noise.murmur import gumbel_tensor
@@ -107,7 +107,7 @@ class DeviceMedusa:
             self._static = torch.from_numpy(both).to(device)
 
     @torch.inference_mode()
-    def propose(self, ctx: DeviceContext) -> tuple[torch.Tensor, torch.Tensor]:
+    def propose(self, ctx: DeviceContext) -> DeviceDrafts:
         """See :class:`~vllm_specplugin.api.device_proposer.DeviceProposer`."""
         tokens, estimates = self._candidates(ctx)
         if self._static is not None:
@@ -121,7 +121,7 @@ class DeviceMedusa:
         )
         drafted = tokens.flatten(1).gather(1, depths * tokens.shape[-1] + ranks)
         poor = survival < max(self._shape.min_survival, 1e-9)
-        return drafted.masked_fill(poor, -1), parents
+        return DeviceDrafts(drafted.masked_fill(poor, -1), parents, survival.masked_fill(poor, 0))
 
     def _candidates(self, ctx: DeviceContext) -> tuple[torch.Tensor, torch.Tensor]:
         """``[r, depths, siblings]`` tokens and estimates."""

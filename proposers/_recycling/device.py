@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_specplugin.api.device_proposer import DeviceContext
+from vllm_specplugin.api.device_proposer import DeviceContext, DeviceDrafts
 from vllm_specplugin.noise.murmur import gumbel_tensor
 
 __all__ = ["REFRESH", "DeviceRecycling", "TreeShape", "best_shape", "chain_shape"]
@@ -36,6 +36,8 @@ class TreeShape(NamedTuple):
     for padding."""
     depths: npt.NDArray[np.int64]
     """``[n]`` 1 for children of the root."""
+    survival: npt.NDArray[np.float64]
+    """``[n]`` product of shares, 0 for padding."""
 
 
 def best_shape(
@@ -53,7 +55,7 @@ def best_shape(
     >>> best_shape(np.array([0.6, 0.3]), 4, 3, 0.0).parents.tolist()
     [-1, 0, -1, 1]
     """
-    found: list[tuple[int, int, int]] = []
+    found: list[tuple[int, int, int, float]] = []
     heap = [(-float(q), i, -1, i, 1) for i, q in enumerate(shares)]
     heapq.heapify(heap)
     made = len(heap)
@@ -62,21 +64,23 @@ def best_shape(
         if -worth < least:
             break
         node = len(found)
-        found.append((parent, rank, depth))
+        found.append((parent, rank, depth, -worth))
         if depth < deepest:
             for i, q in enumerate(shares.tolist()):
                 heapq.heappush(heap, (worth * q, made, node, i, depth + 1))
                 made += 1
-    found += [(-1, -1, 1)] * (nodes - len(found))
-    parents, ranks, depths = np.array(found, dtype=np.int64).T
-    return TreeShape(parents, ranks, depths)
+    found += [(-1, -1, 1, 0.0)] * (nodes - len(found))
+    parents, ranks, depths, survival = map(np.array, zip(*found))
+    return TreeShape(parents, ranks, depths, survival)
 
 
-def chain_shape(nodes: int, deepest: int) -> TreeShape:
-    """A chain of likeliest successors, padded to ``nodes``."""
+def chain_shape(share: float, nodes: int, deepest: int) -> TreeShape:
+    """A chain of likeliest successors, each right with probability ``share``, padded to
+    ``nodes``."""
     node = np.arange(nodes, dtype=np.int64)
     live = node < deepest
-    return TreeShape(node - 1, np.where(live, 0, -1), node + 1)
+    survival = np.where(live, share ** (node + 1.0), 0.0)
+    return TreeShape(node - 1, np.where(live, 0, -1), node + 1, survival)
 
 
 class _Levels:
@@ -85,6 +89,7 @@ class _Levels:
 
     def __init__(self, shape: TreeShape, device: torch.device) -> None:
         self.parents = torch.from_numpy(shape.parents).to(device)
+        self.survival = torch.from_numpy(shape.survival).float().to(device)
         self.levels = []
         for depth in range(1, int(shape.depths.max()) + 1):
             nodes = np.flatnonzero((shape.depths == depth) & (shape.ranks >= 0))
@@ -131,7 +136,6 @@ class DeviceRecycling:
         counts = np.concatenate([hits, [seen]]).astype(np.float32)
         self._counts = torch.from_numpy(counts).to(device)
         self._steps = 0
-        self._chain = _Levels(chain_shape(nodes, deepest), device)
         self._refresh()
 
     def _refresh(self) -> None:
@@ -142,19 +146,22 @@ class DeviceRecycling:
         best_first = np.sort(shares)[::-1]
         shape = best_shape(best_first, self._nodes, self._deepest, self._least)
         self._tree = _Levels(shape, self._device)
+        chain = chain_shape(float(best_first[0]), self._nodes, self._deepest)
+        self._chain = _Levels(chain, self._device)
 
-    def propose(self, ctx: DeviceContext) -> tuple[torch.Tensor, torch.Tensor]:
+    def propose(self, ctx: DeviceContext) -> DeviceDrafts:
         """See :class:`~vllm_specplugin.api.device_proposer.DeviceProposer`."""
         self._steps += 1
         if self._steps % REFRESH == 0:
             self._refresh()
-        tree, tree_parents = self._fill(self._tree, ctx)
-        chain, chain_parents = self._fill(self._chain, ctx)
+        chain, tree = self._fill(self._chain, ctx), self._fill(self._tree, ctx)
         only = ctx.chains[:, None]
-        return (torch.where(only, chain, tree), torch.where(only, chain_parents, tree_parents))
+        drafts = DeviceDrafts(*(torch.where(only, one, other) for one, other in zip(chain, tree)))
+        unknown = self._matrix[ctx.last, :1] < 0
+        return drafts._replace(survival=drafts.survival.masked_fill(unknown, 0.0))
 
-    def _fill(self, shape: _Levels, ctx: DeviceContext) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and parents of trees of one shape, level by level."""
+    def _fill(self, shape: _Levels, ctx: DeviceContext) -> DeviceDrafts:
+        """Trees of one shape, level by level."""
         count, blank = len(ctx.last), len(self._matrix) - 1
         tokens = torch.full((count, self._nodes), -1, device=self._device)
         for depth, (nodes, above, ranks) in enumerate(shape.levels, start=1):
@@ -164,7 +171,8 @@ class DeviceRecycling:
             wanted = ranks.expand(count, -1)[..., None]
             found = self._order(rows, ctx, depth).gather(-1, wanted)
             tokens[:, nodes] = rows.gather(-1, found)[..., 0]
-        return tokens, shape.parents.expand(count, -1)
+        parents, survival = (x.expand(count, -1) for x in (shape.parents, shape.survival))
+        return DeviceDrafts(tokens, parents, survival)
 
     def _order(self, rows: torch.Tensor, ctx: DeviceContext, depth: int) -> torch.Tensor:
         """``[r, m, k]`` successors in the order in which the target, if it agreed

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tests.fuzz.random_trees import random_parents
+from vllm_specplugin import DeviceDrafts
 from vllm_specplugin.trees.tree import DraftTree
 
 if TYPE_CHECKING:
-    import torch
-
-    from vllm_specplugin.api.device_proposer import DeviceContext
+    from vllm_specplugin import DeviceContext
 
 __all__ = ["DEVICE_MODES", "OnDevice", "use"]
 
@@ -45,7 +44,7 @@ class OnDevice:
         self._vocab, self._nodes, self._device = vocab, nodes, device
         self._steps = 0
 
-    def propose(self, ctx: DeviceContext) -> tuple[torch.Tensor, torch.Tensor]:
+    def propose(self, ctx: DeviceContext) -> DeviceDrafts:
         import torch
 
         self._steps += 1
@@ -58,7 +57,8 @@ class OnDevice:
         tokens, parents = (
             torch.from_numpy(np.array(part, dtype=np.int64).reshape(shape)) for part in zip(*trees)
         )
-        return tokens.to(self._device), parents.to(self._device)
+        survival = torch.from_numpy(-np.sort(-rng.random(shape), axis=1))
+        return DeviceDrafts(*(x.to(self._device) for x in (tokens, parents, survival)))
 
     def observe_rows(self, *rows: Any) -> None:
         """Learns nothing."""

@@ -53,9 +53,11 @@ def on_device(proposer, views, **more) -> list[DraftTree]:
     assert isinstance(proposer, OffersDevice)
     made = proposer.on_device(NODES, CPU)
     found = []
-    for tokens, parents in zip(*made.propose(context(views, **more))):
+    for tokens, parents, survival in zip(*made.propose(context(views, **more))):
         assert len(tokens) == NODES
         n = int((tokens >= 0).sum())
+        assert (survival.diff() <= 0).all()
+        assert ((survival > 0) == (tokens >= 0)).all()
         assert (tokens[:n] >= 0).all()
         found.append(DraftTree(tokens[:n].numpy(), parents[:n].numpy()))
     return found

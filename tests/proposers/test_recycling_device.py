@@ -60,33 +60,39 @@ def test_the_shape_has_the_worthiest_nodes():
             at = shape.parents[at]
         got.append(float(value))
     np.testing.assert_allclose(got, sorted(worth, reverse=True)[:7])
+    np.testing.assert_allclose(shape.survival, got)
     assert (shape.parents < np.arange(7)).all()
 
 
 def test_shapes_are_padded():
     shape = best_shape(np.array([0.5, 0.1]), 5, 2, 0.2)
     assert shape.ranks.tolist() == [0, 0, -1, -1, -1]
-    assert chain_shape(4, 2).ranks.tolist() == [0, 0, -1, -1]
-    assert chain_shape(4, 2).parents.tolist() == [-1, 0, 1, 2]
+    assert shape.survival.tolist() == [0.5, 0.25, 0, 0, 0]
+    chain = chain_shape(0.5, 4, 2)
+    assert chain.ranks.tolist() == [0, 0, -1, -1]
+    assert chain.parents.tolist() == [-1, 0, 1, 2]
+    assert chain.survival.tolist() == [0.5, 0.25, 0, 0]
 
 
 def test_trees_follow_the_matrix():
     proposer = make()
     teach(proposer, {1: [2, 3], 2: [4, 5], 3: [6, 7]})
-    tokens, parents = proposer.propose(context([1, 8]))
+    tokens, parents, survival = proposer.propose(context([1, 8]))
     # Shares 0.4 and 0.2: the worthiest are 0, 1, 00 and, as good, 01 or 10.
     assert parents[0].tolist()[:2] == [-1, -1] or parents[0].tolist()[:2] == [-1, 0]
     by_parent = {-1: [2, 3], 2: [4, 5], 3: [6, 7], 4: [-1], 5: [-1]}
     for token, parent in zip(tokens[0].tolist(), parents[0].tolist()):
         read = -1 if parent < 0 else int(tokens[0, parent])
         assert token in by_parent[read]
+    assert survival[0, 0] == pytest.approx(0.4)
     assert tokens[1].tolist() == [-1] * 4  # nothing is known after 8
+    assert survival[1].tolist() == [0] * 4
 
 
 def test_chains_where_trees_cannot_be():
     proposer = make()
     teach(proposer, {1: [2, 3], 2: [4, 5], 4: [1, 0]})
-    tokens, parents = proposer.propose(context([1], chains=True))
+    tokens, parents, _ = proposer.propose(context([1], chains=True))
     assert tokens.tolist() == [[2, 4, 1, -1]]  # depth 3 at most
     assert parents.tolist() == [[-1, 0, 1, 2]]
 
@@ -96,7 +102,7 @@ def test_ranks_are_coupled_to_the_targets_noise(seed):
     proposer = make(nodes=2)
     teach(proposer, {1: [2, 3], 2: [4, 5], 3: [6, 7]})
     ctx = context([1], temperature=1.0, chains=True, position=30, seed=seed)
-    (first, second), _ = (x[0].tolist() for x in proposer.propose(ctx))
+    (first, second), *_ = (x[0].tolist() for x in proposer.propose(ctx))
     share = np.log([0.4, 0.2])
     best = int((share + gumbel(seed, 30, np.array([2, 3]), NoiseKind.MURMUR)).argmax())
     assert first == [2, 3][best]
@@ -111,7 +117,7 @@ def test_shares_are_learnt():
     for _ in range(REFRESH):
         teach(proposer, {1: [2, 3]}, emitted=[3])
         proposer.propose(context([1]))
-    tokens, parents = proposer.propose(context([1]))
+    tokens, parents, _ = proposer.propose(context([1]))
     # Rank 1 has been right ever since; of its successors nothing is known.
     assert parents.tolist() == [[-1, 0]]
     assert tokens.tolist() == [[3, -1]]
@@ -131,5 +137,5 @@ def test_of_equal_tokens_the_last_row_counts():
     proposer.observe_rows(
         torch.tensor([1, 2, 1]), torch.tensor([[3, 4], [5, 6], [7, 8]]), torch.tensor([-1, -1, -1])
     )
-    tokens, _ = proposer.propose(context([1, 2]))
+    tokens, *_ = proposer.propose(context([1, 2]))
     assert tokens.tolist() == [[7], [5]]

@@ -86,13 +86,20 @@ def test_device_side_proposers_keep_vllms_scheduling(proposer, own, caplog):
 
 
 @pytest.mark.parametrize(
+    "policy",
+    [{"policy": "goodput"}, {"policy": "fixed", "options": {"policy": {"step_nodes": 9}}}],
+)
+def test_policies_that_decide_step_by_step_do_so_a_step_ahead(policy, caplog):
+    with caplog.at_level("INFO", "vllm_specplugin"):
+        method, asynchronous, _ = told("token_recycling", max_nodes=9, **policy)
+    assert method["num_speculative_tokens"] == 9
+    assert asynchronous is None
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
     ("arguments", "because"),
     [
-        ({"policy": "goodput"}, "policy 'goodput' decides on the host"),
-        (
-            {"policy": "fixed", "options": {"policy": {"step_nodes": 9}}},
-            "policy 'fixed' decides on the host",
-        ),
         ({"policy": "fixed", "scorer": "typical"}, "scorer 'typical' decides on"),
         ({"policy": "fixed", "options": {"trace": "t"}}, "a trace is written"),
     ],
@@ -132,7 +139,7 @@ def test_what_vllm_keeps_on_its_first_runner_is_said(caplog):
 def test_vllms_drafters_stay_on_the_second_runner():
     method, asynchronous, _ = told("vllm:eagle3", options={"proposer": {"model": "m"}})
     assert method["method"] == "eagle3"
-    assert asynchronous is False
+    assert asynchronous is None
 
 
 @pytest.mark.parametrize("has_triton", [False, True])

@@ -22,7 +22,12 @@ the next token of a request with ``n`` known tokens has position ``n``.
 from __future__ import annotations
 
 from vllm_specplugin.api.algorithm import AlgorithmBase
-from vllm_specplugin.api.device_proposer import DeviceContext, DeviceProposer, OffersDevice
+from vllm_specplugin.api.device_proposer import (
+    DeviceContext,
+    DeviceDrafts,
+    DeviceProposer,
+    OffersDevice,
+)
 from vllm_specplugin.api.draft_model import DraftModel, NativeDrafts, Steer
 from vllm_specplugin.api.engine import EngineInfo, NoiseKind
 from vllm_specplugin.api.policy import (
@@ -51,6 +56,7 @@ __all__ = [
     "AlgorithmBase",
     "BudgetContext",
     "DeviceContext",
+    "DeviceDrafts",
     "DeviceProposer",
     "DraftModel",
     "EngineInfo",

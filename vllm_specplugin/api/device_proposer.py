@@ -2,21 +2,35 @@
 
 With asynchronous scheduling the next step is on its way before the tokens of this
 one are known to the host. A proposer that can draft from tensors alone then keeps
-the device busy. It drafts a fixed number of nodes per request; a node it has no
-token for is -1 and never accepted.
+the device busy. It drafts a fixed number of nodes per request, best first, of which the
+first few are verified; a node it has no token for is -1 and never accepted.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
 
     from vllm_specplugin.api.target_rows import TargetRows
 
-__all__ = ["DeviceContext", "DeviceProposer", "OffersDevice"]
+__all__ = ["DeviceContext", "DeviceDrafts", "DeviceProposer", "OffersDevice"]
+
+
+class DeviceDrafts(NamedTuple):
+    """The drafts of a step; ``[r, n]`` each, for the ``n`` nodes that the proposer was
+    made for, best first, parents before children."""
+
+    tokens: torch.Tensor
+    """int64, -1 for none."""
+    parents: torch.Tensor
+    """int64, as in a :class:`~vllm_specplugin.trees.tree.DraftTree`."""
+    survival: torch.Tensor
+    """Floating point: how likely each node is to be accepted with all above it. It
+    never grows along a row, and may depend on a token only where tokens are chosen
+    and not drawn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,14 +70,8 @@ class DeviceProposer(Protocol):
     """As :attr:`Needs.top_tokens`: how many of the target's likeliest tokens per row
     :meth:`observe_rows` is shown; 0 for not calling it."""
 
-    def propose(self, ctx: DeviceContext) -> tuple[torch.Tensor, torch.Tensor]:
-        """Called once per step, for all its requests.
-
-        Returns:
-            ``[r, n]`` int64 tokens, -1 for none, and ``[r, n]`` int64 parents as in
-            a :class:`~vllm_specplugin.trees.tree.DraftTree`, for the ``n`` nodes that it
-            was made for.
-        """
+    def propose(self, ctx: DeviceContext) -> DeviceDrafts:
+        """Called once per step, for all its requests."""
         ...
 
     def observe_rows(self, tokens: torch.Tensor, top: torch.Tensor, emitted: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ its sampler keys its noise by seed and position, and the plugin draws with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -66,6 +66,31 @@ def test_text_is_vllms_own_without_speculation(
     if use == "oracle":
         assert after["accepted"] - before["accepted"] > 40
         assert after["kv_rows_moved"] > before["kv_rows_moved"]
+
+
+@pytest.fixture(params=["confidence", "batch_size", "goodput"])
+def deciding(request: pytest.FixtureRequest, engine: Get) -> Iterator[EngineProcess]:
+    """The engine under a policy that decides step by step, a step ahead."""
+    one = engine("async")
+    own = {"confidence": {"threshold": 0.4}, "batch_size": {"table": [[1, 4, 6], [5, 99, 2]]}}
+    options = {"policy": own.get(request.param, {"persist": False})}
+    one.ask("reset", changes={"policy": request.param, "options": options})
+    yield one
+    one.ask("reset", changes={"policy": "fixed", "options": {}})
+
+
+@pytest.mark.parametrize("use", ["oracle", "recycling", "random"])
+def test_nor_does_it_matter_how_many_nodes_are_verified(
+    use: str, deciding: EngineProcess, mix: Mix, truth: list[list[int]]
+) -> None:
+    oracle = truth if use == "oracle" else None
+    for _ in range(2):
+        assert texts(ask(deciding, *mix, use, oracle)) == truth
+    after = deciding.ask("stats")
+    assert after["failures"] == {}
+    counts = after["verified_by_count"]
+    assert sum(count > 0 for count in counts) > 1, "counts do not vary"
+    assert sum(counts[1:]) > 0, "nothing was verified"
 
 
 def test_on_the_device_a_scope_of_its_own_shares_nothing(

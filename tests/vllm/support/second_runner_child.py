@@ -11,7 +11,7 @@ import torch
 
 from vllm_specplugin.vllm.processes import engine
 from vllm_specplugin.vllm.processes.meter import meter
-from vllm_specplugin.vllm.runner import async_step, sampling, tree_runner, tree_verifier
+from vllm_specplugin.vllm.runner import async_step, device_budget, sampling, tree_verifier
 from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows
 
@@ -21,7 +21,7 @@ _WHOLE_COMPACT = tree_verifier.compact_paths
 _WHOLE_ROWS_OF = async_step.rows_of
 _WHOLE_VERIFY = async_step.verify_chains
 _WHOLE_NOISE = sampling.gumbel_sample
-_WHOLE_STRIPPING = tree_runner.without_drafts
+_WHOLE_TRIMMING = device_budget.trimmed
 
 
 def break_part(llm: Any, request: dict[str, Any]) -> None:
@@ -34,7 +34,7 @@ def break_part(llm: Any, request: dict[str, Any]) -> None:
     broken = {"chains": _accept_all, "wait": _wait}
     async_step.verify_chains = broken.get(part, _WHOLE_VERIFY)
     sampling.gumbel_sample = _shifted if part == "noise" else _WHOLE_NOISE
-    tree_runner.without_drafts = _keep_tokens if part == "stripping" else _WHOLE_STRIPPING
+    device_budget.trimmed = _keep_tokens if part == "stripping" else _WHOLE_TRIMMING
     spec_child.break_part(llm, request)
     async_step.rows_of = _first_rows if part == "hidden" else _WHOLE_ROWS_OF
 

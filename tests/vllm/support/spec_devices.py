@@ -12,7 +12,7 @@ from spec_proposers import REAL
 
 from vllm_specplugin import EMPTY_TREE, DraftTree
 from vllm_specplugin.api import EngineInfo, ProposeContext, ProposerBase
-from vllm_specplugin.api.device_proposer import DeviceContext, DeviceProposer
+from vllm_specplugin.api.device_proposer import DeviceContext, DeviceDrafts, DeviceProposer
 from vllm_specplugin.proposers.medusa import MedusaProposer
 from vllm_specplugin.proposers.token_recycling import TokenRecyclingProposer
 
@@ -54,7 +54,7 @@ class OnDevice:
     def observe_rows(self, *rows: torch.Tensor) -> None:
         self._real.observe_rows(*rows)
 
-    def propose(self, ctx: DeviceContext) -> tuple[torch.Tensor, torch.Tensor]:
+    def propose(self, ctx: DeviceContext) -> DeviceDrafts:
         match STATE["what"]:
             case "recycling":
                 return self._real.propose(ctx)
@@ -67,7 +67,10 @@ class OnDevice:
                 raise RuntimeError("this proposer always raises")
         drafted = [self._random(ctx, i) for i in range(len(ctx.last))]
         tokens, parents = zip(*drafted)
-        return torch.tensor(np.array(tokens)), torch.tensor(np.array(parents))
+        survival = torch.linspace(0.9, 0.1, self._nodes).expand(len(drafted), -1)
+        return DeviceDrafts(
+            torch.tensor(np.array(tokens)), torch.tensor(np.array(parents)), survival
+        )
 
     def _random(self, ctx: DeviceContext, i: int) -> tuple[Any, Any]:
         n = self._nodes

@@ -42,7 +42,7 @@ class RunnerChoice(NamedTuple):
     second: bool
     """Whether vLLM's second model runner is expected."""
     nodes: int | None = None
-    """Nodes of every request and step, with asynchronous scheduling; ``None``
+    """Nodes drafted for every request and step, with asynchronous scheduling; ``None``
     for synchronous scheduling, where they vary."""
     why: str = ""
     """Why the runner or the scheduling is not vLLM's first choice."""
@@ -97,14 +97,14 @@ def choose_runner(
             "runs its draft model level by level" if driven else "is not on the second"
         )
         return RunnerChoice(method, second=False, why=why)
-    nodes, reason = _steady_nodes(config)
+    nodes, reason = _device_nodes(config)
     if asynchronous and nodes is None:
         raise ConfigError(
             complain(
                 f"asynchronous scheduling, but {reason}",
                 "synchronous scheduling",
                 "drop --async-scheduling, or use a proposer that drafts on the "
-                "device, the scorer 'exact' and the policy 'fixed'",
+                "device and the scorer 'exact'",
             )
         )
     method = method or {"method": _DEVICE_METHOD}
@@ -124,8 +124,8 @@ def _always_synchronous() -> bool:
     return type(current_platform).__module__ == "vllm.platforms.cpu"
 
 
-def _steady_nodes(config: SpecConfig) -> tuple[int | None, str]:
-    """Nodes of every step, if drafts can stay on the device; else why not."""
+def _device_nodes(config: SpecConfig) -> tuple[int | None, str]:
+    """Nodes drafted for every request, if drafts can stay on the device; else why not."""
     proposer, options = resolve(config, "proposer")
     length = proposer.steady_length(options)
     if length is None and not issubclass(proposer, OffersDevice):
@@ -133,11 +133,9 @@ def _steady_nodes(config: SpecConfig) -> tuple[int | None, str]:
     scorer, _ = resolve(config, "scorer")
     if not scorer.emits_draws:
         return None, f"scorer {config.scorer!r} decides on the host"
-    policy, policy_options = resolve(config, "policy")
-    most = config.max_nodes if length is None else length
-    nodes = policy.steady_nodes(policy_options, most) if most else 0
-    if nodes is None:
-        return None, f"policy {config.policy!r} decides on the host, step by step"
     if config.trace:
         return None, "a trace is written on the host"
-    return nodes, ""
+    most = config.max_nodes if length is None else length
+    policy, policy_options = resolve(config, "policy")
+    steady = policy.steady_nodes(policy_options, most) if most else 0
+    return most if steady is None else steady, ""

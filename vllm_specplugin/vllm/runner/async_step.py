@@ -3,14 +3,15 @@
 The host only knows how many drafted tokens are scheduled, so the scheduler runs ahead
 as it does for vLLM's own device-side drafters. Requests are decided by ``exact``.
 
-A step in which nothing is to be verified is vLLM's own: :meth:`DeviceSteps.verifies`
-says so before vLLM prepares it, and its drafts are dropped. What a step emitted is
-counted when vLLM's copy of its tokens has reached the host (:mod:`.counted_output`).
+How many drafts a step verifies is chosen before vLLM prepares it, and the others are
+dropped (:mod:`.device_budget`): a step that verifies none is vLLM's own. What a step
+emitted is counted when vLLM's copy of its tokens has reached the host
+(:mod:`.counted_output`).
 """
 
 from __future__ import annotations
 
-import logging
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,9 +21,11 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm_specplugin.api.device_proposer import DeviceContext, DeviceProposer, OffersDevice
 from vllm_specplugin.config import resolve
 from vllm_specplugin.errors import UnsupportedError, complain
+from vllm_specplugin.step.failures import Failures
 from vllm_specplugin.vllm.compat.versions import limits
 from vllm_specplugin.vllm.runner.bookkeeping import params_of
 from vllm_specplugin.vllm.runner.chain_verifier import verify_chains
+from vllm_specplugin.vllm.runner.device_budget import DeviceBudget
 from vllm_specplugin.vllm.runner.sampling import Rows
 from vllm_specplugin.vllm.runner.state import SpecState
 from vllm_specplugin.vllm.runner.step_in_flight import DeviceStep, StepInFlight
@@ -37,8 +40,6 @@ if TYPE_CHECKING:
     from vllm_specplugin.vllm.runner.tree_runner import TreeRunner
 
 __all__ = ["DeviceSteps"]
-
-logger = logging.getLogger(__name__)
 
 
 class DeviceSteps:
@@ -59,7 +60,7 @@ class DeviceSteps:
         count = runner.max_num_reqs
         self._runner = runner
         self.mask_rows: int | None = runner.num_speculative_steps
-        self._most = np.zeros(count, dtype=np.int32)
+        self._most = np.zeros(count, dtype=np.int64)
         """Most drafted tokens of each request, by slot."""
         self._limits = torch.zeros(count, dtype=torch.int32, device=runner.device)
         """The same on the device."""
@@ -74,19 +75,22 @@ class DeviceSteps:
         return self._runner.spec
 
     @property
+    def _failures(self) -> Failures:
+        return self._spec.parts.drafter.failures
+
+    @property
     def _drafting(self) -> bool:
-        return self._length != 0 and self._spec.parts.drafter.enabled
+        return self._length != 0 and self._failures.enabled
 
     def restart(self, same_proposer: bool = False) -> None:
-        self._failures = 0
-        self._failing = False
         self._drafted = False
-        if same_proposer:
-            return
         runner, parts = self._runner, self._spec.parts
         proposer, options = resolve(parts.config, "proposer")
         self._length = proposer.steady_length(options)
         chains = self._length is not None
+        self._budget = DeviceBudget(runner, self._most, chains)
+        if same_proposer:
+            return
         if parts.config.scorer != "exact" or not (
             chains or isinstance(parts.proposer, OffersDevice)
         ):
@@ -120,19 +124,17 @@ class DeviceSteps:
         self._limits[slot] = most
         self._chains[slot] = self._runner.chain_only(params)
         self._apart[slot] = apart
+        self._budget.admit(slot, chosen, params.extra_args or {})
         if self._trees is not None:
             self._trees.forget(slot)
 
     # -------------------------------------------------------------- a step
 
-    def verifies(self, scheduler_output: SchedulerOutput) -> bool:
-        if scheduler_output.has_structured_output_requests:
-            return True  # vLLM has a row of its bitmask for each placeholder
-        if not self._drafting or not self._drafted:
-            return False
-        slots = self._runner.req_states.req_id_to_index
-        drafted = scheduler_output.scheduled_spec_decode_tokens
-        return any(self._most[slots[req_id]] for req_id in drafted if req_id in slots)
+    def planned(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
+        return self._budget.plan(scheduler_output, self._drafting and self._drafted)
+
+    def timing(self) -> AbstractContextManager[object]:
+        return self._budget.timing()
 
     def prepare(
         self, scheduler_output: SchedulerOutput, batch: InputBatch, started: float
@@ -140,12 +142,13 @@ class DeviceSteps:
         del scheduler_output, started
         counts = batch.num_draft_tokens_per_req
         verifies = counts is not None and bool(counts.any())
-        if self._trees is None:
-            return DeviceStep(plan=None, verifies=verifies)
-        if verifies:
-            return self._trees.prepare(batch)
-        self._trees.skip()
-        return DeviceStep(plan=None, verifies=False)
+        step = DeviceStep(plan=None, verifies=verifies, outcome=self._budget.outcome_of(batch))
+        if self._trees is not None:
+            if verifies:
+                step.plan = self._trees.prepare(batch)
+            else:
+                self._trees.skip()
+        return step
 
     def sample(
         self,
@@ -188,7 +191,7 @@ class DeviceSteps:
         try:
             self._proposer.observe_rows(read.masked_fill(apart, -1), top, observed.emitted)
         except Exception as error:
-            self._failed(error)
+            self._failures.add("proposer_error", error)
 
     # ------------------------------------------------------------ drafting
 
@@ -200,11 +203,16 @@ class DeviceSteps:
         hidden_states: torch.Tensor,
     ) -> torch.Tensor:
         assert isinstance(step, DeviceStep)
-        self._drafted = self._drafting and (self._proposer is not None or own is not None)
+        self._drafted = (
+            self._drafting
+            and self._budget.drafting
+            and (self._proposer is not None or own is not None)
+        )
         slots = batch.idx_mapping
         shape = (len(slots), self._runner.num_speculative_steps)
         if self._drafted:
             drafts = self._propose(step, batch, hidden_states) if own is None else own
+            self._failures.end_of_drafting()
             if drafts is not None:
                 return drafts
         if self._trees is not None:
@@ -217,15 +225,14 @@ class DeviceSteps:
         """What the proposer drafts; ``None`` if it fails."""
         assert self._proposer is not None
         assert self._trees is not None
-        if not self._failing:
-            self._failures = 0
-        self._failing = False
         try:
-            tokens, parents = self._proposer.propose(self._context(step, batch, hidden_states))
-            return self._trees.keep(batch.idx_mapping, tokens, parents)
+            drafts = self._proposer.propose(self._context(step, batch, hidden_states))
+            kept = self._trees.keep(batch.idx_mapping, drafts)
         except Exception as error:
-            self._failed(error)
+            self._failures.add("proposer_error", error)
             return None
+        self._budget.told(batch, drafts.survival)
+        return kept
 
     def _context(
         self, step: DeviceStep, batch: InputBatch, hidden_states: torch.Tensor
@@ -246,23 +253,6 @@ class DeviceSteps:
             top_p=top_p,
             greedy=not states.temperature.np[batch.idx_mapping_np].any(),
         )
-
-    def _failed(self, error: Exception) -> None:
-        parts = self._spec.parts
-        failures = parts.metrics.failures
-        failures["proposer_error"] += 1
-        self._failures += 1
-        self._failing = True
-        if failures["proposer_error"] == 1:
-            logger.error("proposer %r failed", parts.config.proposer, exc_info=error)
-        if self._failures >= parts.config.max_failures and parts.drafter.enabled:
-            parts.drafter.enabled = False
-            failures["disabled"] += 1
-            logger.error(
-                "proposer %r failed %d times in a row: no drafts until restart",
-                parts.config.proposer,
-                self._failures,
-            )
 
     def take_drafts(self) -> None:
         """Left to vLLM, which asks for them where there is a grammar."""

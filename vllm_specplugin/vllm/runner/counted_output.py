@@ -59,14 +59,16 @@ class CountedOutput(AsyncModelRunnerOutput):
     def _count(self) -> None:
         lengths, parts = self._output.num_sampled_tokens_np, self._parts
         emitting = np.flatnonzero(lengths)
-        if not len(emitting):
-            return
-        metrics = parts.metrics
+        metrics, step = parts.metrics, self._step
         drafted = np.zeros_like(lengths)
-        if self._step.verifies:
+        if step.verifies:
             columns = self._output.sampled_token_ids
             drafted = columns[:, -2]
             metrics.kv_rows_moved += int(columns[emitting, -1].sum())
+        if step.outcome is not None:
+            step.outcome(emitting, drafted, lengths)
+        if not len(emitting):
+            return
         for i in emitting.tolist():
             metrics.observe(int(drafted[i]), int(lengths[i]) - 1, int(lengths[i]))
         metrics.steps += 1

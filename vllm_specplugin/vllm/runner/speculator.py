@@ -42,6 +42,20 @@ class TreeSpeculator:
     ) -> torch.Tensor:
         """``[requests, num_speculative_tokens]`` int64, -1 nowhere: what is not
         drafted is not scheduled, or never accepted."""
+        with self.spec_runner.spec_path.timing():
+            return self._propose(
+                input_batch, attn_metadata, slot_mappings, last_hidden_states, *args, **kwargs
+            )
+
+    def _propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         runner, step = self.spec_runner, step_of(input_batch)
         own = None
         if runner.spec.parts.follows_native:

@@ -8,6 +8,7 @@ with it (:mod:`.step_in_flight`).
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,10 +98,13 @@ class Requests:
     """Requests since start."""
 
 
+_IN_FLIGHT = 8
+"""More steps than vLLM has in flight. Only the rank that vLLM takes tokens from is asked
+for them."""
+
+
 class Uncounted(Protocol):
     """A step whose tokens have not reached the host when it was queued."""
-
-    counted: bool
 
     def count(self) -> None:
         """Counts it, once; waits for its tokens."""
@@ -122,11 +126,10 @@ class SpecState:
         """Why no request can have a tree; ``None`` if requests can."""
         self.last_drafting = time.perf_counter()
         """When the last drafting ended."""
-        self._uncounted: list[Uncounted] = []
+        self._uncounted: deque[Uncounted] = deque(maxlen=_IN_FLIGHT)
 
     def count_later(self, step: Uncounted) -> None:
         """A step counts itself when vLLM asks for its tokens."""
-        self._uncounted = [one for one in self._uncounted if not one.counted]
         self._uncounted.append(step)
 
     def settle(self) -> None:

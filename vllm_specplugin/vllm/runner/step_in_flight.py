@@ -7,6 +7,7 @@ without one is a warm-up of vLLM's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,8 @@ class DeviceStep(StepInFlight):
     plan: DeviceTreePlan | None
     verifies: bool
     """Whether drafts are verified in it; otherwise it is vLLM's own step."""
+    outcome: Callable[..., None] | None = None
+    """See :meth:`~.device_budget.DeviceBudget.outcome_of`."""
     emitted_from: torch.Tensor | None = None
     """``[requests]`` int64, as in :class:`HostStep`; ``None`` for each request's last
     row."""

@@ -6,6 +6,7 @@ drafts that stay on the device.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -31,13 +32,13 @@ class StepPath(Protocol):
         """A request takes a slot, as new or back from preemption."""
         ...
 
-    def verifies(self, scheduler_output: SchedulerOutput) -> bool:
-        """Whether any of a step's drafts are to be verified. If not they are dropped
-        before vLLM prepares the step.
+    def planned(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
+        """A step as the plugin wants it, before vLLM prepares it: without the drafts that
+        are not to be verified. What it is given is left alone."""
+        ...
 
-        Args:
-            scheduler_output: of the step, with drafts.
-        """
+    def timing(self) -> AbstractContextManager[object]:
+        """Around drafting, vLLM's included."""
         ...
 
     def prepare(

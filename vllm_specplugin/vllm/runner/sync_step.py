@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
@@ -70,9 +71,11 @@ class HostSteps:
 
     # -------------------------------------------------------------- a step
 
-    def verifies(self, scheduler_output: SchedulerOutput) -> bool:
-        del scheduler_output
-        return True  # what is scheduled was drafted for this step
+    def planned(self, scheduler_output: SchedulerOutput) -> SchedulerOutput:
+        return scheduler_output  # what is scheduled was drafted for this step
+
+    def timing(self) -> AbstractContextManager[object]:
+        return nullcontext()  # the drafter does
 
     def prepare(
         self, scheduler_output: SchedulerOutput, batch: InputBatch, started: float

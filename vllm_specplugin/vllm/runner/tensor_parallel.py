@@ -7,7 +7,8 @@ while all of them have to lay out the same trees.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from vllm.distributed.parallel_state import get_tp_group
 
@@ -17,9 +18,26 @@ from vllm_specplugin.step.drafting import Drafter
 from vllm_specplugin.trees.step_layout import StepLayout
 from vllm_specplugin.trees.tree import DraftTree
 
-__all__ = ["draft_on_first_rank", "fingerprint"]
+__all__ = ["draft_on_first_rank", "fingerprint", "is_first_rank", "of_first_rank"]
 
 logger = logging.getLogger(__name__)
+
+
+T = TypeVar("T")
+
+
+def is_first_rank() -> bool:
+    """Whether this rank chooses for all."""
+    return bool(get_tp_group().is_first_rank)
+
+
+def of_first_rank(choose: Callable[[], T]) -> T:
+    """What the first rank chooses, on all ranks."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return choose()
+    chosen: T = group.broadcast_object(choose() if group.is_first_rank else None, src=0)
+    return chosen
 
 
 def fingerprint(layout: StepLayout) -> int:

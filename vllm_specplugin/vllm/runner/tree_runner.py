@@ -3,7 +3,7 @@
 Overrides, in the order of a step:
 
 ``execute_model``
-    drops drafts of a step in which none are to be verified.
+    drops drafts that are not to be verified.
 ``finish_requests``, ``add_requests``
     requests come with the seed of their noise, and go.
 ``prepare_inputs``
@@ -28,7 +28,6 @@ algorithm lives here.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,7 +60,7 @@ if TYPE_CHECKING:
 else:
     _Runner = _ModelState = object
 
-__all__ = ["TreeModelState", "TreeRunner", "mixed", "reads_drafts", "without_drafts"]
+__all__ = ["TreeModelState", "TreeRunner", "mixed", "reads_drafts"]
 
 _BUILT_IN_PROCESSORS = 3
 """vLLM's sampler has these always: bias, penalties, bad words."""
@@ -92,24 +91,6 @@ def reads_drafts(params: SamplingParams) -> bool:
         or params.frequency_penalty != 0.0
         or params.presence_penalty != 0.0
         or params.bad_words
-    )
-
-
-def without_drafts(scheduled: SchedulerOutput) -> SchedulerOutput:
-    """A step of one token for each request that had drafts scheduled.
-
-    The original is left alone: with one rank it is the scheduler's own.
-    """
-    drafted = scheduled.scheduled_spec_decode_tokens
-    tokens = {
-        req_id: count - len(drafted.get(req_id, ()))
-        for req_id, count in scheduled.num_scheduled_tokens.items()
-    }
-    return replace(
-        scheduled,
-        scheduled_spec_decode_tokens={},
-        num_scheduled_tokens=tokens,
-        total_num_scheduled_tokens=sum(tokens.values()),
     )
 
 
@@ -204,9 +185,8 @@ class TreeRunner(_Runner):
     def execute_model(
         self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
     ) -> ModelRunnerOutput | IntermediateTensors | None:
-        drafted = scheduler_output.scheduled_spec_decode_tokens
-        if drafted and not self.spec_path.verifies(scheduler_output):
-            scheduler_output = without_drafts(scheduler_output)
+        if not kwargs.get("dummy_run"):
+            scheduler_output = self.spec_path.planned(scheduler_output)
         return super().execute_model(scheduler_output, *args, **kwargs)
 
     def sample_tokens(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_specplugin.api.device_proposer import DeviceDrafts
 from vllm_specplugin.vllm.kv_cache.path_compaction import compact_paths
 from vllm_specplugin.vllm.runner.sampling import Rows
 from vllm_specplugin.vllm.runner.step_in_flight import DeviceStep
@@ -40,14 +41,13 @@ class TreeVerifier:
         self._tokens = torch.full(shape, -1, dtype=torch.int64, device=device)
         self._parents = torch.full_like(self._tokens, -1)
 
-    def prepare(self, batch: InputBatch) -> DeviceStep:
-        """Lays out a step's drafts."""
+    def prepare(self, batch: InputBatch) -> DeviceTreePlan | None:
+        """Lays out a step's drafts; ``None`` if none can branch."""
         trees, slots = self._trees, batch.idx_mapping
         scheduled = batch.cu_num_logits.diff()[: batch.num_reqs] - 1
         trees.lay_out(self._tokens[slots], self._parents[slots], scheduled)
         nodes = DeviceTreePlan(trees, batch.query_start_loc, batch.seq_lens)
-        chains = self._runner.spec.chains_only is not None
-        return DeviceStep(plan=None if chains else nodes, verifies=True)
+        return nodes if self._runner.spec.chains_only is None else None
 
     def skip(self) -> None:
         """A step without drafts."""
@@ -99,22 +99,23 @@ class TreeVerifier:
             emitted=_emitted(chosen, starts, path, accepted, output.num_sampled),
         )
 
-    def keep(
-        self, slots: torch.Tensor, tokens: torch.Tensor, parents: torch.Tensor
-    ) -> torch.Tensor:
+    def keep(self, slots: torch.Tensor, drafts: DeviceDrafts) -> torch.Tensor:
         """Keeps a step's drafts for the next one.
 
         Returns:
             ``[requests, num_speculative_tokens]`` what vLLM keeps of them.
 
         Raises:
-            ValueError: they are not of that shape, or no 64-bit integers.
+            ValueError: they are not of that shape, or not of the type they should be.
         """
+        tokens, parents, survival = drafts
         shape = (len(slots), self._tokens.shape[1])
-        if tokens.shape != shape or parents.shape != shape:
-            raise ValueError(f"drafts of shapes {tokens.shape} and {parents.shape}, not {shape}")
-        if tokens.dtype != torch.int64 or parents.dtype != torch.int64:
-            raise ValueError(f"drafts of {tokens.dtype} and {parents.dtype}, not torch.int64")
+        if any(part.shape != shape for part in drafts):
+            shapes = ", ".join(str(tuple(part.shape)) for part in drafts)
+            raise ValueError(f"drafts of shapes {shapes}, not {shape}")
+        types = tokens.dtype, parents.dtype, survival.dtype
+        if types[:2] != (torch.int64, torch.int64) or not survival.is_floating_point():
+            raise ValueError(f"drafts of types {types}, not int64, int64 and a floating one")
         before = torch.arange(shape[1], device=slots.device) - 1
         parents = torch.minimum(parents, before).clamp(min=-1)
         self._parents[slots] = parents
