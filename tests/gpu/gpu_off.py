@@ -28,6 +28,7 @@ FIXED = {"scorer": "exact", "policy": "fixed"}
 PLUGIN: Mapping[str, dict[str, Any]] = {
     "none": {"proposer": "none", **FIXED},
     "held at zero": {"proposer": "token_recycling", "max_nodes": 8, **FIXED},
+    "goodput": {"proposer": "token_recycling", "max_nodes": 8, "policy": "goodput"},
     "vllm:draft_model": {
         "proposer": "vllm:draft_model",
         "options": {"proposer": {"model": DRAFT["model"], "length": LENGTH}},
@@ -44,7 +45,12 @@ VLLM: Mapping[str, dict[str, Any]] = {
         }
     },
 }
-AGAINST = {"none": "vLLM", "held at zero": "vLLM", "vllm:draft_model": "vLLM draft_model"}
+AGAINST = {
+    "none": "vLLM",
+    "held at zero": "vLLM",
+    "goodput": "vLLM",
+    "vllm:draft_model": "vLLM draft_model",
+}
 LEAST = 0.98
 """Of the other's speed."""
 

@@ -35,13 +35,18 @@ def test_a_new_request_is_presumed_to_be_like_the_others() -> None:
     assert one.survival(SLOTS)[1, 0] == pytest.approx(0.8, abs=0.1)
 
 
-def test_steps_without_drafts_tell_nothing() -> None:
+def test_what_was_refused_long_ago_is_tried_again() -> None:
     one = ChainForecast(2, 4)
-    judged(one, [0.9, 0.2])
-    before = one.survival(SLOTS)
-    for _ in range(100):
-        one.observe(SLOTS, np.zeros(2, dtype=int), np.zeros(2, dtype=int))
-    np.testing.assert_array_equal(one.survival(SLOTS), before)
+    judged(one, [0.0, 0.0])
+    one.admit(1)
+    before = one.survival(SLOTS)[1, 0]
+    none = np.zeros(2, dtype=int)
+    for _ in range(10):
+        one.observe(SLOTS, none, none)
+    assert one.survival(SLOTS)[1, 0] < before + 0.05
+    for _ in range(1000):
+        one.observe(SLOTS, none, none)
+    assert one.survival(SLOTS)[1, 0] > 0.5
 
 
 def told(one: SurvivalForecast, series: np.ndarray) -> None:

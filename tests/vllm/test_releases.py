@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -121,7 +122,7 @@ class Ours(TreeSpeculator, Drafter):
 
         self.spec_runner: Any = SimpleNamespace(
             spec=SimpleNamespace(parts=SimpleNamespace(**parts)),
-            spec_path=SimpleNamespace(draft=draft),
+            spec_path=SimpleNamespace(draft=draft, timing=nullcontext),
             spec_sampler=SimpleNamespace(
                 sampling_states=SimpleNamespace(temperature=SimpleNamespace(np=np.zeros(2)))
             ),

@@ -101,6 +101,7 @@ def test_policies_that_decide_step_by_step_do_so_a_step_ahead(policy, caplog):
     ("arguments", "because"),
     [
         ({"policy": "fixed", "scorer": "typical"}, "scorer 'typical' decides on"),
+        ({"options": {"request_scorers": ["exact", "typical"]}}, "requests may choose typical"),
         ({"policy": "fixed", "options": {"trace": "t"}}, "a trace is written"),
     ],
 )

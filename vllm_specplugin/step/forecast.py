@@ -56,14 +56,18 @@ class ChainForecast(Forecast):
         nodes: of each chain at most.
     """
 
+    _FIRST = np.array([1.6, 2.0])
+    """Accepted and judged tokens before any were: drafts deserve to be tried."""
+    _RETRY = 1 / 128
+    """How fast that comes back while nothing is verified."""
     _PRIOR = 4.0
     """Tokens that the share of all requests counts as."""
     _OWN_FADE = 0.9
 
     def __init__(self, slots: int, nodes: int) -> None:
         self._depths = np.arange(1, nodes + 1)
-        self._all = np.array([1.0, 2.0])
-        """Accepted and judged tokens of all requests; at first of none."""
+        self._all = self._FIRST.copy()
+        """Accepted and judged tokens of all requests."""
         self._own = np.zeros((slots, 2))
 
     def admit(self, slot: int) -> None:
@@ -81,10 +85,11 @@ class ChainForecast(Forecast):
         seen = seen.astype(np.float64)
         told = verified > 0
         if not told.any():
+            self._all += self._RETRY * (self._FIRST - self._all)
             return
         self._own[slots[told]] *= self._OWN_FADE
         self._own[slots[told]] += seen[told]
-        self._all = np.maximum(self._all * _FADE, [0.02, 0.04]) + seen.sum(0)
+        self._all = np.maximum(self._all * _FADE, 0.02 * self._FIRST) + seen.sum(0)
 
 
 class SurvivalForecast(Forecast):

@@ -172,6 +172,36 @@ def test_a_limit_of_one_request_leaves_its_neighbours_alone(engine: Get) -> None
     assert counts[3:] == [0] * 9
 
 
+DECIDING = {
+    "goodput": {"persist": False},
+    "batch_size": {"table": [[1, 3, 4], [4, 99, 2]]},
+    "confidence": {"threshold": 0.2},
+}
+
+
+@pytest.mark.parametrize("name", ["async", "chains"])
+@pytest.mark.parametrize("policy", list(DECIDING))
+def test_policies_decide_a_step_ahead(name: str, policy: str, engine: Get) -> None:
+    """Without a look at the device, and without changing the text."""
+    one = engine(name)
+    own = {"policy": DECIDING[policy], "proposer": DRAFT if name == "chains" else {}}
+    one.ask("reset", changes={"policy": policy, "options": own})
+    try:
+        for _ in range(2):
+            assert texts(one, 1.0) == texts(engine("second"), 1.0)
+        found = one.ask("stats")
+        counted = metered(one, 1.0)
+    finally:
+        changes = {"policy": "fixed", "options": {"proposer": own["proposer"]}}
+        one.ask("reset", changes=changes)
+    assert found["failures"] == {}
+    verified = [nodes for nodes, count in enumerate(found["verified_by_count"]) if count]
+    assert len(verified) > 1
+    if policy == "batch_size":
+        assert verified == [0, 2, 4] if name == "chains" else max(verified) <= 4
+    assert counted["waits"] == {}
+
+
 @pytest.mark.parametrize(
     ("name", "part", "temperature"),
     [("chains", "chains", 0.0), ("chains", "noise", 1.0), ("off", "stripping", 0.0)],

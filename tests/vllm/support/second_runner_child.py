@@ -59,7 +59,7 @@ def _shifted(logits: Any, index: Any, temperature: Any, seeds: Any, pos: Any, **
     return _WHOLE_NOISE(logits, index, temperature, seeds, pos + 1, **how)
 
 
-def _keep_tokens(scheduled: Any) -> Any:
+def _keep_tokens(scheduled: Any, *_: Any) -> Any:
     """Drops drafts and keeps the rows that they had."""
     return dataclasses.replace(scheduled, scheduled_spec_decode_tokens={})
 

@@ -278,7 +278,9 @@ RUNNERS: Mapping[str, tuple[Seam, ...]] = {
                 "total_num_scheduled_tokens scheduled_spec_decode_tokens "
                 "scheduled_encoder_inputs finished_req_ids free_encoder_mm_hashes"
             ),
-            has=("has_structured_output_requests", "preempted_req_ids"),
+            has=names(
+                "has_structured_output_requests preempted_req_ids num_spec_tokens_to_schedule"
+            ),
         ),
         Seam("vllm.v1.core.sched.output:GrammarOutput"),
         Seam("vllm.sequence:IntermediateTensors"),
@@ -290,6 +292,7 @@ RUNNERS: Mapping[str, tuple[Seam, ...]] = {
             has=names("copy_event model_runner_output num_sampled_tokens_np sampled_token_ids"),
         ),
         Seam(f"{_GPU}.async_utils:AsyncOutput.get_output", ("self",)),
+        Seam(f"{_GPU}.async_utils:async_copy_to_np", ("x",)),
         Seam(
             f"{_GPU}.model_states.interface:ModelState.prepare_attn",
             ours=f"{_OURS}.runner.tree_runner:TreeModelState.prepare_attn",

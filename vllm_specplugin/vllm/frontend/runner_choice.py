@@ -133,6 +133,8 @@ def _device_nodes(config: SpecConfig) -> tuple[int | None, str]:
     scorer, _ = resolve(config, "scorer")
     if not scorer.emits_draws:
         return None, f"scorer {config.scorer!r} decides on the host"
+    if others := [name for name in config.request_scorers or () if name != config.scorer]:
+        return None, f"requests may choose {', '.join(others)}, which decide on the host"
     if config.trace:
         return None, "a trace is written on the host"
     most = config.max_nodes if length is None else length

@@ -9,10 +9,12 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm.v1.worker.gpu.async_utils import async_copy_to_np
 
 __all__ = ["LateCopies"]
 
 T = TypeVar("T")
+Array = npt.NDArray[np.floating]
 
 
 class LateCopies(Generic[T]):
@@ -24,7 +26,7 @@ class LateCopies(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._queued: deque[tuple[T, torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._queued: deque[tuple[T, Array, torch.cuda.Event | None]] = deque()
 
     def put(self, what: T, values: torch.Tensor) -> None:
         """Queues a copy.
@@ -33,17 +35,16 @@ class LateCopies(Generic[T]):
             what: handed back with it.
             values: on the device.
         """
-        event = None
+        copied, event = async_copy_to_np(values), None
         if values.device.type == "cuda":
-            values = values.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._queued.append((what, values, event))
+        self._queued.append((what, copied, event))
 
-    def ready(self) -> Iterator[tuple[T, npt.NDArray[np.floating]]]:
+    def ready(self) -> Iterator[tuple[T, Array]]:
         """All but the last one, each once."""
         while len(self._queued) > 1:
             what, values, event = self._queued.popleft()
             if event is not None:
                 event.synchronize()
-            yield what, values.numpy()
+            yield what, values
