@@ -132,3 +132,14 @@ def test_nothing_is_left_of_a_request_that_is_gone():
     assert "a" not in batch.backoff._waits
     assert "a" not in batch.backoff._calls[0].expected
     assert "b" in batch.backoff._waits
+
+
+def test_one_that_ends_before_its_drafts_are_chosen_from_is_left_out():
+    """Asked a step ahead, as with asynchronous scheduling."""
+    batch = Batch({"a": 0.1, "b": 0.1})
+    batch.step()
+    batch.backoff.turns(["a", "b"], [1, 1])
+    batch.backoff.release(["b"])
+    batch.backoff.learn({"a": 1.0}, {"a": 1.0}, worth=1.0, step=1.0, requests=1, call=float)
+    batch.backoff.observe(["a"], [1])
+    assert "b" not in batch.backoff._waits
