@@ -95,6 +95,8 @@ def keep(config: pytest.Config) -> Started:
 
 
 def end(started: Started) -> None:
+    for one in started.values():
+        one.begin_to_close()
     while started:
         started.popitem()[1].close()
 

@@ -101,11 +101,15 @@ class EngineProcess:
         gets an :class:`EngineError`."""
         self._process.kill()
 
-    def close(self, patience: float = 10) -> None:
-        """Ends the process, after ``patience`` seconds by force. Idempotent."""
+    def begin_to_close(self) -> None:
+        """Has the process end; :meth:`close` waits for it. For closing several."""
         if self._process.stdin:
             with suppress(BrokenPipeError):
                 self._process.stdin.close()
+
+    def close(self, patience: float = 10) -> None:
+        """Ends the process, after ``patience`` seconds by force. Idempotent."""
+        self.begin_to_close()
         try:
             self._process.wait(timeout=patience)
         except subprocess.TimeoutExpired:

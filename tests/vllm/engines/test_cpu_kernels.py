@@ -10,6 +10,7 @@ import pytest
 
 from vllm_specplugin.tools.engine_client import EngineProcess
 
+from ...conftest import end, keep
 from ..prompts import TARGET, code_prompts
 
 TESTS = Path(__file__).parents[2]
@@ -62,9 +63,9 @@ ASYNCHRONOUS = ("async", "off", "chains", "vllm chains")
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Callable[[str], EngineProcess]]:
+def engine(pytestconfig: pytest.Config) -> Iterator[Callable[[str], EngineProcess]]:
     """Starts an engine on first use and keeps it for the module."""
-    started: dict[str, EngineProcess] = {}
+    started = keep(pytestconfig)
 
     def get(name: str) -> EngineProcess:
         if name not in started:
@@ -86,8 +87,7 @@ def engine() -> Iterator[Callable[[str], EngineProcess]]:
         return started[name].wait_until_ready()
 
     yield get
-    for one in started.values():
-        one.close()
+    end(started)
 
 
 Get = Callable[[str], EngineProcess]
