@@ -21,13 +21,16 @@ def chain_case(seed: int) -> tuple[Any, ...]:
     drafted = rng.integers(-1, 2, size=starts[-1]).astype(np.int32)
     slots = rng.permutation(10)[: len(counts)]
     limits = rng.integers(0, MOST + 1, size=10).astype(np.int32)
-    arrays = (chosen, drafted, starts, slots, limits)
+    seq_lens = rng.integers(8, 12, size=len(counts)).astype(np.int32)
+    prefill_lens = rng.integers(6, 11, size=10).astype(np.int32)
+    arrays = (chosen, drafted, starts, slots, limits, seq_lens, prefill_lens)
     return *(torch.from_numpy(array) for array in arrays), MOST
 
 
 def expected(case: tuple[Any, ...]) -> list[tuple[list[int], int]]:
-    """The emitted tokens of each request, and how many drafted ones were compared."""
-    chosen, drafted, starts, slots, limits = (tensor.tolist() for tensor in case[:5])
+    """The emitted tokens of each request, if its prompt is read to its end, and how many
+    drafted ones were compared."""
+    chosen, drafted, starts, slots, limits, *_ = (tensor.tolist() for tensor in case[:-1])
     answers = []
     for r, slot in enumerate(slots):
         rows = range(starts[r], starts[r + 1])

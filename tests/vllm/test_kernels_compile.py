@@ -19,9 +19,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_specplugin.noise import _gumbel_triton, gumbel
-from vllm_specplugin.vllm.kv_cache._rows_triton import move_rows
+from vllm_specplugin.vllm.kv_cache._rows_triton import move_paths, move_rows
 from vllm_specplugin.vllm.tree_attention import _attend_triton
 from vllm_specplugin.vllm.tree_attention.gpu_kernel import Device, choose_launch
+from vllm_specplugin.vllm.verification import _chains_triton, _trees_triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DUMP = TOOLS / "cuobjdump"
@@ -188,6 +189,44 @@ def test_moving_of_rows(word: Any) -> None:
     assert stack == 0
     # Each move is over before the next one: what it overwrites has been read.
     assert "bar.sync" in made.asm["ptx"]
+
+
+def test_moving_of_paths() -> None:
+    constants = {"NODES": 16, "BLOCK_SIZE": 16, "HEADS": 8, "WORDS": 64, "CHUNK": 512}
+    types = dict.fromkeys(("path", "slots"), "*i64")
+    types |= dict.fromkeys(("query_start_loc", "num_nodes"), "*i32")
+    made, stack = compiled(move_paths, 90, {**constants, "WORD": tl.int64}, types)
+    assert stack == 0
+    assert "bar.sync" in made.asm["ptx"]
+
+
+STEPS = {
+    "keep": {"NODES": 33, "BLOCK": 64},
+    "lay_out": {"NODES": 33, "WORDS": 1, "BLOCK": 64},
+    "place": {"NODES": 33, "BLOCK": 64},
+    "walk": {"NODES": 33, "INVALID": True, "OBSERVED": True},
+}
+SMALL = ("starts", "limits", "num_nodes", "query_start_loc", "seq_lens", "prefill_lens", "inputs")
+SMALL += ("num_sampled", "num_rejected")
+NUMBERS = ("vocab", "requests")
+
+
+@pytest.mark.parametrize("capability", DEVICES)
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_with_trees(name: str, capability: int) -> None:
+    kernel = getattr(_trees_triton, name)
+    types = dict.fromkeys(set(kernel.arg_names) - {*NUMBERS}, "*i64")
+    types |= dict.fromkeys(SMALL, "*i32") | dict.fromkeys(("chains", "invalid"), "*i1")
+    _, stack = compiled(kernel, capability, STEPS[name], types, num_warps=1)
+    assert stack == 0
+
+
+@pytest.mark.parametrize("capability", DEVICES)
+def test_accepting_of_chains(capability: int) -> None:
+    types = dict.fromkeys(_chains_triton.accept.arg_names, "*i64")
+    types |= dict.fromkeys((*SMALL, "drafted"), "*i32")
+    _, stack = compiled(_chains_triton.accept, capability, {"MOST": 8}, types, num_warps=1)
+    assert stack == 0
 
 
 @pytest.mark.parametrize("capability", DEVICES)

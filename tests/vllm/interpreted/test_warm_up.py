@@ -78,7 +78,7 @@ def test_every_kernel_is_launched_and_caches_stay(
 ) -> None:
     layers = {"a": layer(1), "b": layer(2)}
     before = [one.kv_cache.clone() for one in layers.values()]
-    more = {"spec_path": SimpleNamespace(mask_rows=MOST)} if second else {}
+    more = {"spec_path": SimpleNamespace(mask_rows=MOST, warm_up=lambda: None)} if second else {}
     launches = warm_up.warm_up(runner(layers, **more))
     assert all(recorder.launched for recorder in recorders.values())
     assert launches > 4

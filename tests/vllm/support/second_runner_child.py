@@ -78,8 +78,8 @@ def _stay(plan: DeviceTreePlan, positions: torch.Tensor) -> None:
     """Leaves flat positions as they are."""
 
 
-def _move_nothing(*given: Any) -> torch.Tensor:
-    return torch.zeros(len(given[-1]), dtype=torch.int64)
+def _move_nothing(*_: Any) -> None:
+    """Leaves keys and values where they are."""
 
 
 def _first_rows(runner: Any, hidden: torch.Tensor, rows: torch.Tensor) -> Any:

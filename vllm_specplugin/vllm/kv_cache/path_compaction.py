@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_specplugin.vllm.kv_cache.compaction import device_rows, move_rows, store_again
+from vllm_specplugin.vllm.kv_cache.compaction import device_rows, store_again
 from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
 
 __all__ = ["compact_paths"]
@@ -15,7 +15,7 @@ __all__ = ["compact_paths"]
 
 def compact_paths(
     runner: Any, plan: DeviceTreePlan, slots: torch.Tensor, path: torch.Tensor
-) -> torch.Tensor:
+) -> None:
     """Moves misplaced accepted rows, in all layers.
 
     Args:
@@ -25,21 +25,15 @@ def compact_paths(
         slots: ``[groups, rows]`` cache slot of each flat row.
         path: ``[requests, 1 + max_nodes]`` nodes of the accepted path by depth,
             counted from 1; 0 for none.
-
-    Returns:
-        ``[requests]`` how many rows of one layer were stored, on the device.
     """
+    if (groups := device_rows(runner)) is not None:
+        for caches, slot in zip(groups, slots):
+            caches.move_paths(path, slot, plan.query_start_loc, plan.trees.num_nodes)
+        return
+    # How many rows there are has to be known, so this waits.
     nodes = path[:, 1:]
     depths = torch.arange(1, path.shape[1], device=path.device)
-    misplaced = (nodes > 0) & (nodes != depths)
-    roots = plan.root_rows[:, None]
-    if (groups := device_rows(runner)) is not None:
-        source = torch.where(misplaced, roots + nodes, -1)
-        target = torch.where(misplaced, roots + depths, -1)
-        move_rows(groups, list(slots), source, target)
-    else:  # how many rows there are has to be known, so this waits
-        request, place = misplaced.nonzero(as_tuple=True)
-        kept = request * nodes.shape[1] + nodes[request, place] - 1
-        rows = plan.root_rows[request] + place + 1
-        store_again(runner, plan.kept, list(slots), kept, rows)
-    return misplaced.sum(-1)
+    request, place = ((nodes > 0) & (nodes != depths)).nonzero(as_tuple=True)
+    kept = request * nodes.shape[1] + nodes[request, place] - 1
+    rows = plan.root_rows[request] + place + 1
+    store_again(runner, plan.kept, list(slots), kept, rows)

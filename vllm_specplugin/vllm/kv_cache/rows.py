@@ -17,14 +17,14 @@ through requests, layers and parts of rows all at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_specplugin.vllm.kv_cache._rows_triton import move_rows
+from vllm_specplugin.vllm.kv_cache._rows_triton import move_paths, move_rows
 
 __all__ = ["KVRows", "compact", "compact_reference"]
 
@@ -47,6 +47,29 @@ class _Kind(NamedTuple):
     strides: tuple[int, ...]
     """In words."""
     word: tl.dtype
+
+    def grid(self, requests: int) -> tuple[int, int, int]:
+        """Programs of a launch."""
+        _, heads, _, words = self.shape
+        return requests, len(self.pointers), triton.cdiv(heads * words, _CHUNK)
+
+    @property
+    def places(self) -> tuple[int, int, int]:
+        """Strides of blocks, slots and heads."""
+        block, head, slot, _ = self.strides
+        return block, slot, head
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What is compiled in."""
+        _, heads, block_size, words = self.shape
+        return {
+            "BLOCK_SIZE": block_size,
+            "HEADS": heads,
+            "WORDS": words,
+            "CHUNK": min(_CHUNK, triton.next_power_of_2(heads * words)),
+            "WORD": self.word,
+        }
 
 
 class KVRows:
@@ -90,9 +113,7 @@ class KVRows:
         if not requests or not most:
             return
         for kind in self._kinds:
-            _, heads, block_size, words = kind.shape
-            grid = (requests, len(kind.pointers), triton.cdiv(heads * words, _CHUNK))
-            move_rows[grid](
+            move_rows[kind.grid(requests)](
                 kind.pointers,
                 source,
                 target,
@@ -100,15 +121,36 @@ class KVRows:
                 source.stride(0),
                 target.stride(0),
                 most,
-                kind.strides[0],
-                kind.strides[2],
-                kind.strides[1],
-                BLOCK_SIZE=block_size,
-                HEADS=heads,
-                WORDS=words,
-                CHUNK=min(_CHUNK, triton.next_power_of_2(heads * words)),
+                *kind.places,
                 COUNTED=counts is not None,
-                WORD=kind.word,
+                **kind.constants,
+            )
+
+    def move_paths(
+        self, path: Tensor, slots: Tensor, query_start_loc: Tensor, num_nodes: Tensor
+    ) -> None:
+        """Moves the accepted nodes of a step to where their depth has them, without
+        waiting for the device.
+
+        Args:
+            path: ``[requests, 1 + nodes]`` int64 nodes of the accepted path by depth,
+                counted from 1; 0 for none.
+            slots: ``[rows]`` slot of each flat row of the step.
+            query_start_loc: ``[requests + 1]`` first flat row of each request, whose
+                last rows are its nodes.
+            num_nodes: ``[requests]``.
+        """
+        requests, width = path.shape
+        for kind in self._kinds:
+            move_paths[kind.grid(requests)](
+                kind.pointers,
+                path,
+                slots,
+                query_start_loc,
+                num_nodes,
+                *kind.places,
+                NODES=width - 1,
+                **kind.constants,
             )
 
 

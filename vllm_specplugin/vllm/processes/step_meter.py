@@ -172,10 +172,10 @@ class StepMeter(TorchDispatchMode):
 def _launchers() -> Iterator[tuple[Any, str]]:
     """Functions that launch one kernel each."""
     from vllm_specplugin.vllm.cpu_kernels.launch import Twin
-    from vllm_specplugin.vllm.verification import chains
+    from vllm_specplugin.vllm.verification import launch
 
     yield Twin, "_launch"
-    yield chains, "launch_numba"
+    yield launch, "run_twin"
     try:
         from triton.runtime.jit import JITFunction
     except ImportError:

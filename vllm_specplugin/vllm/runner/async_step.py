@@ -24,7 +24,7 @@ from vllm_specplugin.errors import UnsupportedError, complain
 from vllm_specplugin.step.failures import Failures
 from vllm_specplugin.vllm.compat.versions import limits
 from vllm_specplugin.vllm.runner.bookkeeping import params_of
-from vllm_specplugin.vllm.runner.chain_verifier import verify_chains
+from vllm_specplugin.vllm.runner.chain_verifier import verify_chains, warm_up_chains
 from vllm_specplugin.vllm.runner.device_budget import DeviceBudget
 from vllm_specplugin.vllm.runner.sampling import Rows
 from vllm_specplugin.vllm.runner.state import SpecState
@@ -108,6 +108,12 @@ class DeviceSteps:
             self._trees = TreeVerifier(runner, self._limits, self._chains)
             self._proposer = parts.proposer.on_device(runner.num_speculative_steps, runner.device)
 
+    def warm_up(self) -> None:
+        if self._trees is not None:
+            self._trees.warm_up()
+        elif self._length:
+            warm_up_chains(self._limits, self._runner.num_speculative_steps)
+
     # ------------------------------------------------------------ requests
 
     def admit(self, slot: int, new: NewRequestData) -> None:
@@ -162,8 +168,9 @@ class DeviceSteps:
         rows = Rows(self._runner.sampler, logits, batch)
         if self._trees is None:
             most = self._runner.num_speculative_steps
-            return verify_chains(rows, batch, invalid, self._limits, most)
-        output, observed = self._trees.verify(step, rows, batch, invalid)
+            prefill_lens = self._runner.req_states.prefill_len.gpu
+            return verify_chains(rows, batch, invalid, self._limits, prefill_lens, most)
+        output, observed = self._trees.verify(step, rows, batch, invalid, top is not None)
         if top is not None:
             self._show(batch, observed, top)
         return output

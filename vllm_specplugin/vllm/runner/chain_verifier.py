@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-__all__ = ["verify_chains"]
+__all__ = ["verify_chains", "warm_up_chains"]
 
 
 def verify_chains(
@@ -26,6 +26,7 @@ def verify_chains(
     batch: InputBatch,
     invalid: torch.Tensor | None,
     limits: torch.Tensor,
+    prefill_lens: torch.Tensor,
     most: int,
 ) -> SamplerOutput:
     """Decides the chains of a step.
@@ -35,6 +36,7 @@ def verify_chains(
         batch: the step's.
         invalid: ``[rows]`` drafts that a grammar was not advanced over.
         limits: ``[slots]`` int32 most drafted tokens of each request.
+        prefill_lens: ``[slots]`` tokens after which a request begins to emit.
         most: drafted tokens of a request at most.
 
     Returns:
@@ -42,10 +44,25 @@ def verify_chains(
         :mod:`.counted_output` behind the emitted tokens.
     """
     drafted = rows.read if invalid is None else rows.read.masked_fill(invalid, -1)
-    emitted, lengths = accept_chains(
-        rows.draw(), drafted, batch.cu_num_logits, batch.idx_mapping, limits, most
+    accepted = accept_chains(
+        rows.draw(),
+        drafted,
+        batch.cu_num_logits,
+        batch.idx_mapping,
+        limits,
+        batch.seq_lens,
+        prefill_lens,
+        most,
     )
-    return rows.output(emitted, lengths, lambda: _by_path(batch, emitted))
+    return rows.output(*accepted, lambda: _by_path(batch, accepted.emitted))
+
+
+def warm_up_chains(limits: torch.Tensor, most: int) -> None:
+    """Has the kernel compiled; see :func:`verify_chains`."""
+    one = torch.zeros(1, dtype=torch.int64, device=limits.device)
+    small = torch.zeros_like(limits)
+    starts = torch.tensor([0, 1], dtype=torch.int32, device=limits.device)
+    accept_chains(one, one.int(), starts, one, limits, small[:1], small, most)
 
 
 def _by_path(batch: InputBatch, emitted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

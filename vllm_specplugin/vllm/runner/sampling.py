@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
-from vllm.v1.worker.gpu.input_batch import get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
@@ -123,26 +122,21 @@ class Rows:
     def output(
         self,
         tokens: torch.Tensor,
-        lengths: torch.Tensor,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
         by_path: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     ) -> SamplerOutput:
         """What vLLM expects of a sampler.
 
         Args:
             tokens: ``[requests, width]`` int64 emitted tokens.
-            lengths: ``[requests]`` int32 how many of them, at least 1.
+            num_sampled: ``[requests]`` int32 how many of them; 0 for a request whose
+                prompt is not read to its end.
+            num_rejected: ``[requests]`` int32 rows that emit nothing; 0 likewise.
             by_path: makes, if logprobs are wanted, ``[rows]`` the row whose logits
                 take each place, a request's emitting rows in the order of its path
                 first; and ``[rows]`` emitted tokens by place.
         """
-        batch = self._batch
-        num_sampled, num_rejected = get_num_sampled_and_rejected(
-            lengths,
-            batch.seq_lens,
-            batch.cu_num_logits,
-            batch.idx_mapping,
-            self._sampler.req_states.prefill_len.gpu,
-        )
         return SamplerOutput(
             sampled_token_ids=tokens,
             logprobs_tensors=self._logprobs(by_path),

@@ -28,6 +28,10 @@ class StepPath(Protocol):
     mask_rows: int | None
     """Rows of each request's tree mask, ``None`` for as many as a step needs."""
 
+    def warm_up(self) -> None:
+        """Has its kernels compiled. There are no requests yet."""
+        ...
+
     def admit(self, slot: int, new: NewRequestData) -> None:
         """A request takes a slot, as new or back from preemption."""
         ...

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 import torch
 from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.worker.gpu.input_batch import get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_specplugin.api import ScoreResult, TargetRows
@@ -64,6 +65,9 @@ class HostSteps:
 
     def restart(self, same_proposer: bool = False) -> None:
         self._drafts = DraftTokenIds([], [])
+
+    def warm_up(self) -> None:
+        """Nothing of its own is compiled."""
 
     def admit(self, slot: int, new: NewRequestData) -> None:
         assert new.prefill_token_ids is not None, "vLLM's second runner is given them"
@@ -129,7 +133,7 @@ class HostSteps:
             show(spec.parts.drafter, layout, roots, sampled, top, result, scopes)
         history.append(slots, result.tokens, np.where(sampled, result.lengths, 0))
         count_step(spec, step, result, batch.req_ids, sampled, began)
-        return _output(rows, batch, result)
+        return _output(rows, batch, result, runner.req_states.prefill_len.gpu)
 
     def sampled(self, logits: torch.Tensor, batch: InputBatch, output: SamplerOutput) -> NoReturn:
         raise AssertionError("steps without drafts are sampled here too")
@@ -204,7 +208,9 @@ class HostSteps:
         return drafts
 
 
-def _output(rows: Rows, batch: InputBatch, result: ScoreResult) -> SamplerOutput:
+def _output(
+    rows: Rows, batch: InputBatch, result: ScoreResult, prefill_lens: torch.Tensor
+) -> SamplerOutput:
     device = rows.raw.device
     starts = batch.cu_num_logits_np[:-1]
     live = np.arange(result.rows.shape[1]) < result.lengths[:, None]
@@ -212,8 +218,16 @@ def _output(rows: Rows, batch: InputBatch, result: ScoreResult) -> SamplerOutput
     order, emitted = np.arange(len(rows.raw)), np.zeros(len(rows.raw), dtype=np.int64)
     order[places] = result.rows[live]
     emitted[places] = result.tokens[live]
+    num_sampled, num_rejected = get_num_sampled_and_rejected(
+        torch.from_numpy(result.lengths.astype(np.int32)).to(device),
+        batch.seq_lens,
+        batch.cu_num_logits,
+        batch.idx_mapping,
+        prefill_lens,
+    )
     return rows.output(
         torch.from_numpy(result.tokens.clip(min=0).astype(np.int64)).to(device),
-        torch.from_numpy(result.lengths.astype(np.int32)).to(device),
+        num_sampled,
+        num_rejected,
         lambda: (torch.from_numpy(order).to(device), torch.from_numpy(emitted).to(device)),
     )

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_specplugin.api.device_proposer import DeviceDrafts
+from vllm_specplugin.vllm.kv_cache.compaction import device_rows
 from vllm_specplugin.vllm.kv_cache.path_compaction import compact_paths
 from vllm_specplugin.vllm.runner.sampling import Rows
 from vllm_specplugin.vllm.runner.step_in_flight import DeviceStep
 from vllm_specplugin.vllm.runner.step_rows import Observed, owners
 from vllm_specplugin.vllm.tree_attention.device_plan import DeviceTreePlan
-from vllm_specplugin.vllm.tree_attention.device_trees import DeviceTrees, walk
+from vllm_specplugin.vllm.tree_attention.device_trees import DeviceTrees
+from vllm_specplugin.vllm.verification.trees import Walked, keep, walk
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -41,11 +43,31 @@ class TreeVerifier:
         self._tokens = torch.full(shape, -1, dtype=torch.int64, device=device)
         self._parents = torch.full_like(self._tokens, -1)
 
+    def warm_up(self) -> None:
+        """Has all kernels compiled, over one request without nodes."""
+        trees, device = self._trees, self._tokens.device
+        one = torch.zeros(1, dtype=torch.int64, device=device)
+        starts = torch.tensor([0, 1], dtype=torch.int32, device=device)
+        lengths, none = starts[1:].clone(), torch.zeros_like(self._limits)
+        drafts = self._tokens[:1].clone()
+        self.keep(one, DeviceDrafts(drafts, drafts, drafts.float()))
+        trees.lay_out(self._tokens, self._parents, one, starts)
+        plan = DeviceTreePlan(trees, starts, lengths)
+        plan.place(one.clone())
+        for observed in (False, True):
+            for invalid in (None, one.bool()):
+                walked = walk(
+                    one, one.int(), invalid, trees.tokens, trees.parents, starts, one, lengths,
+                    none, observed,
+                )  # fmt: skip
+        for caches in device_rows(self._runner) or ():
+            caches.move_paths(walked.path, one, starts, trees.num_nodes)
+        trees.clear()
+
     def prepare(self, batch: InputBatch) -> DeviceTreePlan | None:
         """Lays out a step's drafts; ``None`` if none can branch."""
-        trees, slots = self._trees, batch.idx_mapping
-        scheduled = batch.cu_num_logits.diff()[: batch.num_reqs] - 1
-        trees.lay_out(self._tokens[slots], self._parents[slots], scheduled)
+        trees = self._trees
+        trees.lay_out(self._tokens, self._parents, batch.idx_mapping, batch.cu_num_logits)
         nodes = DeviceTreePlan(trees, batch.query_start_loc, batch.seq_lens)
         return nodes if self._runner.spec.chains_only is None else None
 
@@ -58,46 +80,44 @@ class TreeVerifier:
         self._tokens[slots] = -1
 
     def verify(
-        self, step: DeviceStep, rows: Rows, batch: InputBatch, invalid: torch.Tensor | None
+        self,
+        step: DeviceStep,
+        rows: Rows,
+        batch: InputBatch,
+        invalid: torch.Tensor | None,
+        observed: bool,
     ) -> tuple[SamplerOutput, Observed]:
         """Decides a step's drafts.
 
         Returns:
             What vLLM expects of a sampler, with the two columns of
             :mod:`.counted_output` behind the emitted tokens; and what a proposer that
-            watches rows is shown.
+            watches rows is shown, if one does.
         """
-        chosen = rows.draw()
-        trees, count = self._trees, batch.num_reqs
-        starts = batch.cu_num_logits[:count].long()
-        places = torch.arange(1 + trees.max_nodes, device=chosen.device)
-        at = (starts[:, None] + places).clamp(max=len(chosen) - 1)
-        tokens = trees.tokens[:count]
-        if invalid is not None:
-            tokens = tokens.masked_fill(invalid[at[:, 1:]], -1)
-        path, accepted = walk(
-            chosen[at],
-            tokens,
-            trees.parents[:count],
-            trees.depths[:count],
-            trees.ancestors[:count],
+        trees = self._trees
+        walked = walk(
+            rows.draw(),
+            rows.read,
+            invalid,
+            trees.tokens,
+            trees.parents,
+            batch.cu_num_logits,
+            batch.idx_mapping,
+            batch.seq_lens,
+            self._runner.req_states.prefill_len.gpu,
+            observed,
         )
-        moved = accepted.new_zeros(count)
         if step.plan is not None:
             assert step.slot_mappings is not None, "sample() without prepare_attn()"
-            moved = compact_paths(self._runner, step.plan, step.slot_mappings, path)
-        step.emitted_from = starts + path.gather(1, accepted[:, None])[:, 0]
-        emitted = chosen[starts[:, None] + path]
-        counts = torch.stack([(tokens >= 0).sum(-1), moved], dim=1)
+            compact_paths(self._runner, step.plan, step.slot_mappings, walked.path)
+        step.emitted_from = walked.last_rows
         output = rows.output(
-            torch.cat([emitted, counts], dim=1),
-            (accepted + 1).int(),
-            lambda: _by_path(batch, starts, path, accepted, emitted),
+            walked.emitted,
+            walked.num_sampled,
+            walked.num_rejected,
+            lambda: _by_path(batch, walked),
         )
-        return output, Observed(
-            read=_read(rows.read.long(), batch, tokens),
-            emitted=_emitted(chosen, starts, path, accepted, output.num_sampled),
-        )
+        return output, Observed(walked.read, walked.emits)
 
     def keep(self, slots: torch.Tensor, drafts: DeviceDrafts) -> torch.Tensor:
         """Keeps a step's drafts for the next one.
@@ -116,50 +136,24 @@ class TreeVerifier:
         types = tokens.dtype, parents.dtype, survival.dtype
         if types[:2] != (torch.int64, torch.int64) or not survival.is_floating_point():
             raise ValueError(f"drafts of types {types}, not int64, int64 and a floating one")
-        before = torch.arange(shape[1], device=slots.device) - 1
-        parents = torch.minimum(parents, before).clamp(min=-1)
-        self._parents[slots] = parents
-        # Parents come before children, so the first nodes of a tree are one.
-        refused = (tokens >= self._runner.vocab_size) | (before + 1 >= self._limits[slots, None])
-        refused |= self._chains[slots, None] & (parents != before)
-        tokens = tokens.masked_fill(refused, -1)
-        self._tokens[slots] = tokens
-        return tokens.clamp(min=0)
+        return keep(
+            self._tokens,
+            self._parents,
+            tokens,
+            parents,
+            slots,
+            self._limits,
+            self._chains,
+            self._runner.vocab_size,
+        )
 
 
-def _read(read: torch.Tensor, batch: InputBatch, tokens: torch.Tensor) -> torch.Tensor:
-    """``[rows]`` token that each row reads, -1 for nodes without one."""
-    local = batch.expanded_local_pos.long()
-    node = tokens[owners(batch, len(read)), (local - 1).clamp(min=0)]
-    return torch.where((local > 0) & (node < 0), -1, read)
-
-
-def _emitted(
-    chosen: torch.Tensor,
-    starts: torch.Tensor,
-    path: torch.Tensor,
-    accepted: torch.Tensor,
-    num_sampled: torch.Tensor,
-) -> torch.Tensor:
-    """``[rows]`` token emitted from each row, -1 for none."""
-    depth = torch.arange(path.shape[1], device=path.device)
-    visited = (depth <= accepted[:, None]) & (num_sampled > 0)[:, None]
-    emits = torch.zeros(len(chosen) + 1, dtype=torch.bool, device=path.device)
-    rows = torch.where(visited, starts[:, None] + path, len(chosen))
-    emits[rows.flatten()] = True
-    return torch.where(emits[:-1], chosen, -1)
-
-
-def _by_path(
-    batch: InputBatch,
-    starts: torch.Tensor,
-    path: torch.Tensor,
-    accepted: torch.Tensor,
-    emitted: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_path(batch: InputBatch, walked: Walked) -> tuple[torch.Tensor, torch.Tensor]:
     """See :meth:`~.sampling.Rows.output`."""
-    rows = len(batch.logits_indices)
-    owner, local = owners(batch, rows), batch.expanded_local_pos.long()
-    place = local.clamp(max=path.shape[1] - 1)
-    node = torch.where(local <= accepted[owner], path[owner, place], local)
-    return starts[owner] + node, emitted[owner, place]
+    local = batch.expanded_local_pos.long()
+    owner = owners(batch, len(local))
+    node = walked.path[owner, local]
+    emits = (node > 0) | (local == 0)
+    # Behind the end of the path any row and any token will do.
+    row = batch.cu_num_logits[owner] + torch.where(emits, node, local)
+    return row, torch.where(emits, walked.emitted[owner, local], 0)

@@ -36,6 +36,9 @@ def warm_up(runner: Any) -> int:
     Returns:
         How many launches on a device were asked for.
     """
+    path: StepPath | None = getattr(runner, "spec_path", None)
+    if path is not None:
+        path.warm_up()
     if runner.spec.chains_only is not None:
         return 0
     context = runner.compilation_config.static_forward_context

@@ -9,6 +9,7 @@ import torch
 
 from vllm_specplugin.vllm.tree_attention.device_trees import DeviceTrees
 from vllm_specplugin.vllm.tree_attention.plan import TreeRows
+from vllm_specplugin.vllm.verification.trees import place
 
 __all__ = ["DeviceTreePlan"]
 
@@ -37,22 +38,29 @@ class DeviceTreePlan:
         self.seq_lens = seq_lens[:count]
         self.kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         """``layer name -> (keys, values)`` of :attr:`node_rows`."""
-        nodes = torch.arange(trees.max_nodes, device=seq_lens.device)
-        self.live = nodes < trees.num_nodes[:count, None]
+
+    @cached_property
+    def live(self) -> torch.Tensor:
         """``[requests, max_nodes]`` whether there is such a node."""
-        self.root_rows = self.query_start_loc[1:].long() - 1 - trees.num_nodes[:count]
+        nodes = torch.arange(self.trees.max_nodes, device=self.seq_lens.device)
+        return nodes < self.trees.num_nodes[: self.trees.requests, None]
+
+    @cached_property
+    def root_rows(self) -> torch.Tensor:
         """``[requests]`` flat row of each root."""
-        self.node_rows = torch.where(
-            self.live, self.root_rows[:, None] + 1 + nodes, self.root_rows[:, None]
-        ).flatten()
+        ends = self.query_start_loc[1:].long()
+        return ends - 1 - self.trees.num_nodes[: self.trees.requests]
+
+    @cached_property
+    def node_rows(self) -> torch.Tensor:
         """``[requests * max_nodes]`` flat row of each node; its root's for none."""
+        nodes = torch.arange(self.trees.max_nodes, device=self.seq_lens.device)
+        roots = self.root_rows[:, None]
+        return torch.where(self.live, roots + 1 + nodes, roots).flatten()
 
     def place(self, positions: torch.Tensor) -> None:
         """Turns the nodes' flat positions into ``root + depth``, in place."""
-        nodes = torch.arange(self.trees.max_nodes, device=positions.device)
-        change = self.trees.depths[: self.trees.requests] - 1 - nodes
-        change = change.masked_fill(~self.live, 0).flatten()
-        positions.index_add_(0, self.node_rows, change.to(positions.dtype))
+        place(positions, self.query_start_loc, self.trees.depths, self.trees.num_nodes)
 
     def keep(self, layer_name: str, key: torch.Tensor, value: torch.Tensor) -> None:
         """Puts aside the nodes' keys and values of one layer."""

@@ -15,18 +15,23 @@ _jit: Any = njit(cache=True, nogil=True)
 
 
 @_jit
-def accept(emitted, lengths, chosen, drafted, starts, slots, limits):
-    for request in range(len(lengths)):
-        start = starts[request]
-        rows = starts[request + 1] - start
-        limit = limits[slots[request]]
-        length, count = 1, 0
-        for i in range(rows):
-            emitted[request, i] = chosen[start + i]
-            if i + 1 < rows and i < limit and drafted[start + i + 1] >= 0:
-                count += 1
-                if length == i + 1 and drafted[start + i + 1] == chosen[start + i]:
-                    length += 1
-        lengths[request] = length
-        emitted[request, -2] = count
+def accept(
+    emitted, num_sampled, num_rejected,
+    chosen, drafted, starts, slots, limits, seq_lens, prefill_lens,
+):  # fmt: skip
+    for request in range(len(slots)):
+        start, slot = starts[request], slots[request]
+        count = starts[request + 1] - start - 1
+        samples = seq_lens[request] >= prefill_lens[slot]
+        depth = compared = 0
+        for i in range(count + 1):
+            token = chosen[start + i]
+            emitted[request, i] = token
+            if i < count and i < limits[slot] and drafted[start + i + 1] >= 0:
+                compared += 1
+                if depth == i and drafted[start + i + 1] == token:
+                    depth += 1
+        emitted[request, -2] = compared
         emitted[request, -1] = 0
+        num_sampled[request] = depth + 1 if samples else 0
+        num_rejected[request] = count - depth if samples else 0

@@ -10,32 +10,27 @@ __all__ = ["accept"]
 
 @triton.jit
 def accept(
-    emitted_ptr,
-    emitted_stride,
-    lengths_ptr,
-    chosen_ptr,
-    drafted_ptr,
-    starts_ptr,
-    slots_ptr,
-    limits_ptr,
-    LAST: tl.constexpr,
-):
+    emitted, num_sampled, num_rejected,
+    chosen, drafted, starts, slots, limits, seq_lens, prefill_lens, MOST: tl.constexpr,
+):  # fmt: skip
     request = tl.program_id(0)
-    start = tl.load(starts_ptr + request)
-    rows = tl.load(starts_ptr + request + 1) - start
-    limit = tl.load(limits_ptr + tl.load(slots_ptr + request))
-    row = emitted_ptr + request * emitted_stride
-    length = 1
-    drafted = 0
-    for i in range(rows):
-        chosen = tl.load(chosen_ptr + start + i)
-        tl.store(row + i, chosen)
-        if i + 1 < rows:
-            token = tl.load(drafted_ptr + start + i + 1)
-            live = (token >= 0) & (i < limit)
-            drafted += live.to(tl.int32)
-            matches = live & (token == chosen) & (length == i + 1)
-            length += matches.to(tl.int32)
-    tl.store(lengths_ptr + request, length)
-    tl.store(row + LAST - 1, drafted)
-    tl.store(row + LAST, 0)
+    start = tl.load(starts + request)
+    count = tl.load(starts + request + 1) - start - 1
+    slot = tl.load(slots + request)
+    limit = tl.load(limits + slot)
+    samples = tl.load(seq_lens + request) >= tl.load(prefill_lens + slot)
+    emitted += request * (MOST + 3)
+    depth = 0
+    compared = 0
+    for i in range(count + 1):
+        token = tl.load(chosen + start + i)
+        tl.store(emitted + i, token)
+        if i < count:
+            read = tl.load(drafted + start + i + 1)
+            live = (read >= 0) & (i < limit)
+            compared += live.to(tl.int32)
+            depth += (live & (read == token) & (depth == i)).to(tl.int32)
+    tl.store(emitted + MOST + 1, compared)
+    tl.store(emitted + MOST + 2, 0)
+    tl.store(num_sampled + request, tl.where(samples, depth + 1, 0))
+    tl.store(num_rejected + request, tl.where(samples, count - depth, 0))

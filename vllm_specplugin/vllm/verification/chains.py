@@ -7,9 +7,26 @@ greedy one, with chosen tokens in place of likeliest ones).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-__all__ = ["accept_chains"]
+from vllm_specplugin.vllm.verification.launch import launch
+
+__all__ = ["Accepted", "accept_chains"]
+
+
+class Accepted(NamedTuple):
+    """What became of the chains of a step."""
+
+    emitted: torch.Tensor
+    """``[requests, most + 3]`` int64: emitted tokens; in the last two places how many
+    drafted tokens were compared, and 0, the keys and values that had to be moved. What
+    lies between has no meaning."""
+    num_sampled: torch.Tensor
+    """``[requests]`` int32 emitted tokens; 0 where a prompt is not read to its end."""
+    num_rejected: torch.Tensor
+    """``[requests]`` int32 rows that emit nothing; 0 likewise."""
 
 
 def accept_chains(
@@ -18,8 +35,10 @@ def accept_chains(
     starts: torch.Tensor,
     slots: torch.Tensor,
     limits: torch.Tensor,
+    seq_lens: torch.Tensor,
+    prefill_lens: torch.Tensor,
     most: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Accepted:
     """Follows each request's chain as far as it carries the chosen tokens.
 
     Args:
@@ -29,31 +48,13 @@ def accept_chains(
         starts: ``[requests + 1]`` int32 first row of each request.
         slots: ``[requests]`` int64 where ``limits`` has each request.
         limits: ``[slots]`` int32 most drafted tokens that may be accepted.
+        seq_lens: ``[requests]`` tokens of each sequence, drafted ones included.
+        prefill_lens: ``[slots]`` tokens after which a request begins to emit.
         most: drafted tokens of a request at most.
-
-    Returns:
-        ``[requests, most + 3]`` int64 and ``[requests]`` int32 ``lengths``. The first
-        ``lengths[r]`` tokens of row ``r`` are emitted. Its last entries are how many
-        drafted tokens were compared, and 0, the keys and values that had to be moved.
-        What lies between has no meaning.
     """
-    emitted = chosen.new_empty(len(slots), most + 3)
-    lengths = torch.empty(len(slots), dtype=torch.int32, device=chosen.device)
-    launch = launch_numba if chosen.device.type == "cpu" else launch_triton
-    launch(emitted, lengths, chosen, drafted, starts, slots, limits)
-    return emitted, lengths
-
-
-def launch_triton(emitted: torch.Tensor, lengths: torch.Tensor, *inputs: torch.Tensor) -> None:
-    """On a device, or in Triton's interpreter; fills the first two."""
-    from vllm_specplugin.vllm.verification import _chains_triton
-
-    stride, last = emitted.stride(0), emitted.shape[1] - 1
-    _chains_triton.accept[(len(lengths),)](emitted, stride, lengths, *inputs, LAST=last)
-
-
-def launch_numba(*tensors: torch.Tensor) -> None:
-    """On a CPU; fills the first two."""
-    from vllm_specplugin.vllm.verification import _chains_numba
-
-    _chains_numba.accept(*(tensor.numpy() for tensor in tensors))
+    device, requests = chosen.device, len(slots)
+    counts = torch.empty(2, requests, dtype=torch.int32, device=device)
+    accepted = Accepted(chosen.new_empty(requests, most + 3), *counts)
+    given = (chosen, drafted, starts, slots, limits, seq_lens, prefill_lens)
+    launch("chains.accept", (requests,), (*accepted, *given), MOST=most)
+    return accepted
