@@ -114,11 +114,11 @@ class DeviceMedusa:
             estimates = self._static[(ctx.temperatures > 0).long()]
             tokens = tokens[..., : estimates.shape[-1]]
         tree = product_trees(estimates, self._nodes)
-        chain = product_trees(estimates[..., :1], self._nodes)
-        only = ctx.chains[:, None]
-        depths, ranks, parents, survival = (
-            torch.where(only, one, other) for one, other in zip(chain, tree)
-        )
+        if ctx.some_chains:
+            chain, only = product_trees(estimates[..., :1], self._nodes), ctx.chains[:, None]
+            both = zip(chain, tree)
+            tree = ProductTrees(*(torch.where(only, one, other) for one, other in both))
+        depths, ranks, parents, survival = tree
         drafted = tokens.flatten(1).gather(1, depths * tokens.shape[-1] + ranks)
         poor = survival < max(self._shape.min_survival, 1e-9)
         return DeviceDrafts(drafted.masked_fill(poor, -1), parents, survival.masked_fill(poor, 0))

@@ -154,9 +154,11 @@ class DeviceRecycling:
         self._steps += 1
         if self._steps % REFRESH == 0:
             self._refresh()
-        chain, tree = self._fill(self._chain, ctx), self._fill(self._tree, ctx)
-        only = ctx.chains[:, None]
-        drafts = DeviceDrafts(*(torch.where(only, one, other) for one, other in zip(chain, tree)))
+        drafts = self._fill(self._tree, ctx)
+        if ctx.some_chains:
+            chain, only = self._fill(self._chain, ctx), ctx.chains[:, None]
+            both = zip(chain, drafts)
+            drafts = DeviceDrafts(*(torch.where(only, one, other) for one, other in both))
         unknown = self._matrix[ctx.last, :1] < 0
         return drafts._replace(survival=drafts.survival.masked_fill(unknown, 0.0))
 

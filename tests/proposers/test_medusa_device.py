@@ -43,6 +43,7 @@ def context(views, *, chains=False, shift=0, **more) -> DeviceContext:
         seeds=torch.tensor([v.seed for v in views]),
         temperatures=torch.tensor([v.temperature for v in views]),
         chains=torch.full((len(views),), chains),
+        some_chains=chains,
         target=rows,
         **more,
     )

@@ -33,7 +33,8 @@ def context(last, *, temperature=0.0, chains=False, position=10, seed=3):
         positions=torch.full((n,), position),
         seeds=torch.full((n,), seed),
         temperatures=torch.full((n,), temperature),
-        chains=torch.full((n,), chains),
+        chains=torch.tensor(chains).expand(n),
+        some_chains=bool(np.any(chains)),
     )
 
 
@@ -95,6 +96,17 @@ def test_chains_where_trees_cannot_be():
     tokens, parents, _ = proposer.propose(context([1], chains=True))
     assert tokens.tolist() == [[2, 4, 1, -1]]  # depth 3 at most
     assert parents.tolist() == [[-1, 0, 1, 2]]
+
+
+def test_trees_and_chains_in_one_batch():
+    proposer = make()
+    teach(proposer, {1: [2, 3], 2: [4, 5], 3: [6, 7], 4: [1, 0]})
+    mixed = proposer.propose(context([1, 1], chains=[True, False]))
+    for row, chains in enumerate([True, False]):
+        alone = proposer.propose(context([1], chains=chains))
+        for one, both in zip(alone, mixed):
+            assert torch.equal(one[0], both[row])
+    assert mixed.parents[0].tolist() != mixed.parents[1].tolist()
 
 
 @pytest.mark.parametrize("seed", range(6))

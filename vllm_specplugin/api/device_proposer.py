@@ -48,6 +48,8 @@ class DeviceContext:
     chains: torch.Tensor
     """``[r]`` bool: whether a request cannot have a tree. Its node ``i`` must have
     parent ``i - 1``."""
+    some_chains: bool = True
+    """Whether the host knows of any such request: if not, all may have trees."""
     target: TargetRows | None = None
     """The target at the rows that the last tokens came from; without meaning for a
     request whose prompt is not read to its end. The engine always gives it."""

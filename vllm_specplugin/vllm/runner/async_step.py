@@ -65,6 +65,8 @@ class DeviceSteps:
         self._limits = torch.zeros(count, dtype=torch.int32, device=runner.device)
         """The same on the device."""
         self._chains = torch.zeros(count, dtype=torch.bool, device=runner.device)
+        self._chain_slots = np.zeros(count, dtype=np.bool_)
+        """The same on the host."""
         self._apart = torch.zeros_like(self._chains)
         """Requests with a scope of their own: what is learnt on the device serves
         all, so they neither feed it nor draft from it."""
@@ -128,7 +130,8 @@ class DeviceSteps:
             most = 0
         self._most[slot] = most
         self._limits[slot] = most
-        self._chains[slot] = self._runner.chain_only(params)
+        self._chain_slots[slot] = chains = self._runner.chain_only(params)
+        self._chains[slot] = chains
         self._apart[slot] = apart
         self._budget.admit(slot, chosen, params.extra_args or {})
         if self._trees is not None:
@@ -255,6 +258,7 @@ class DeviceSteps:
             seeds=states.seeds.gpu[slots],
             temperatures=states.temperature.gpu[slots],
             chains=self._chains[slots],
+            some_chains=bool(self._chain_slots[batch.idx_mapping_np].any()),
             target=rows_of(runner, hidden_states, rows),
             top_k=top_k,
             top_p=top_p,
