@@ -210,7 +210,7 @@ def test_engine_arguments_are_ones_vllm_and_the_plugin_take(
         arguments = settings["engine"] | (speculate(**chosen) if chosen else {})
         assert arguments.keys() <= known
     methods = [s["engine"].get("speculative_config", {}).get("method") for s in made]
-    assert methods == [None, "ngram", "draft_model", None, None, None, "draft_model", *[None] * 3]
+    assert methods == [None, "ngram", "draft_model", None, None, None, "draft_model", *[None] * 4]
     for variant in gpu_engines._variants().values():
         speculate(variant["proposer"], policy=variant["policy"],
                   options=variant["options"])  # fmt: skip

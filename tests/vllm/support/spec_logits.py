@@ -58,7 +58,7 @@ def step_times(llm: Any, request: dict[str, Any]) -> str:
     """Writes something into the file that `goodput` keeps its step times in."""
 
     def write(worker: Any) -> str:
-        path = worker.model_runner.spec.parts.drafter._policy._file
+        path = worker.model_runner.spec.parts.drafter.policy._file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(request["text"])
         return str(path)

@@ -86,13 +86,15 @@ class DeviceSteps:
 
     def restart(self, same_proposer: bool = False) -> None:
         self._drafted = False
+        if not same_proposer:
+            self._build()
+        self._budget = DeviceBudget(self._runner, self._most, chains=self._trees is None)
+
+    def _build(self) -> None:
         runner, parts = self._runner, self._spec.parts
         proposer, options = resolve(parts.config, "proposer")
         self._length = proposer.steady_length(options)
         chains = self._length is not None
-        self._budget = DeviceBudget(runner, self._most, chains)
-        if same_proposer:
-            return
         if parts.config.scorer != "exact" or not (
             chains or isinstance(parts.proposer, OffersDevice)
         ):
