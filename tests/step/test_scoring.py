@@ -101,3 +101,14 @@ def test_every_device_gives_the_same(name):
     config = SpecConfig(scorer=name)
     here, there = (build(config, "scorer", ENGINE).score(b) for b in (batch, moved))
     assert (here.tokens == there.tokens).all()
+
+
+def test_whose_steps_without_drafts_are_left_to_vllm():
+    scorer = admitted({})
+    assert scorer.emits_draws(["a", "b"])
+    scorer.admit("b", {"spec_scorer": "rejection"})
+    assert scorer.emits_draws(["a"])
+    assert not scorer.emits_draws(["a", "b"])
+    scorer.release(["b"])
+    assert scorer.emits_draws(["a", "b"])
+    assert not RequestScorer(SpecConfig(proposer="none", scorer="typical"), ENGINE).emits_draws([])

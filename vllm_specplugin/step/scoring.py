@@ -71,6 +71,12 @@ class RequestScorer:
         for scorer in self._scorers.values():
             scorer.release(req_ids)
 
+    def emits_draws(self, req_ids: Sequence[str]) -> bool:
+        """Whether all of these requests emit what vLLM's sampler draws, if nothing is
+        drafted for them."""
+        rules = {self.options(r).scorer for r in req_ids} if self._choices else ()
+        return all(self._get(rule).emits_draws for rule in rules or (self._config.scorer,))
+
     def score(self, batch: ScoreBatch) -> ScoreResult:
         if not self._choices:
             return self._scorers[self._config.scorer].score(batch)

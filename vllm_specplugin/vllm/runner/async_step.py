@@ -180,7 +180,18 @@ class DeviceSteps:
             self._show(batch, observed, top)
         return output
 
-    def sampled(self, logits: torch.Tensor, batch: InputBatch, output: SamplerOutput) -> None:
+    def leaves_sampling(self, batch: InputBatch) -> bool:
+        del batch
+        return True
+
+    def sampled(
+        self,
+        step: StepInFlight,
+        logits: torch.Tensor,
+        batch: InputBatch,
+        output: SamplerOutput,
+    ) -> None:
+        del step
         if (top := self._likeliest(logits)) is None:
             return
         chosen = output.sampled_token_ids[:, 0]

@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import gather_draft_sampled
 
-from vllm_specplugin.vllm.runner.step_in_flight import HostStep, step_of
+from vllm_specplugin.vllm.runner.step_in_flight import step_of
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -42,11 +42,11 @@ class TreeSampler(_Sampler):
     def __call__(self, logits: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
         step = step_of(input_batch)
         path = self.spec_runner.spec_path
-        if isinstance(step, HostStep):
+        if step is not None and not path.leaves_sampling(input_batch):
             return path.sample(step, logits, input_batch, None)
         output = super().__call__(logits, input_batch)
         if step is not None:
-            path.sampled(logits, input_batch, output)
+            path.sampled(step, logits, input_batch, output)
         return output
 
 

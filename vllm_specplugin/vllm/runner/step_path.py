@@ -74,10 +74,21 @@ class StepPath(Protocol):
         """
         ...
 
-    def sampled(self, logits: torch.Tensor, batch: InputBatch, output: SamplerOutput) -> None:
+    def leaves_sampling(self, batch: InputBatch) -> bool:
+        """Whether a step without drafts is left to vLLM's own sampler."""
+        ...
+
+    def sampled(
+        self,
+        step: StepInFlight,
+        logits: torch.Tensor,
+        batch: InputBatch,
+        output: SamplerOutput,
+    ) -> None:
         """A step without drafts was sampled by vLLM's own sampler.
 
         Args:
+            step: from :meth:`prepare`.
             logits: ``[requests, vocab]``.
             batch: the step's.
             output: what was sampled.

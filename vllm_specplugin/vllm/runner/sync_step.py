@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.input_batch import get_num_sampled_and_rejected
@@ -118,25 +119,56 @@ class HostSteps:
             invalid=None if invalid is None else invalid.cpu().numpy(),
             choose=rows.draw,
         )
-        step.emitted_from = result.rows[np.arange(len(result.lengths)), result.lengths - 1]
-        sampled = (batch.num_computed_tokens_np + batch.num_scheduled_tokens) >= (
-            batch.prefill_len_np
-        )
         if step.plan is not None:
             assert step.slot_mappings is not None, "sample() without prepare_attn()"
             moves = layout.moves(result.rows, result.lengths)
             moved = compact(runner, step.plan, list(step.slot_mappings), moves)
             spec.parts.metrics.kv_rows_moved += moved
+        self._emitted(step, batch, result, top, began)
+        return _output(rows, batch, result, runner.req_states.prefill_len.gpu)
+
+    def leaves_sampling(self, batch: InputBatch) -> bool:
+        return self._spec.parts.scorer.emits_draws(batch.req_ids)
+
+    def sampled(
+        self,
+        step: StepInFlight,
+        logits: torch.Tensor,
+        batch: InputBatch,
+        output: SamplerOutput,
+    ) -> None:
+        began = time.perf_counter()
+        assert isinstance(step, HostStep)
+        tokens = output.sampled_token_ids.cpu().numpy().astype(np.int32)
+        result = ScoreResult(
+            tokens=tokens,
+            rows=np.arange(len(tokens), dtype=np.int32)[:, None],
+            lengths=np.ones(len(tokens), dtype=np.int32),
+        )
+        top = likeliest(self._spec.parts.drafter, logits)
+        self._emitted(step, batch, result, top, began)
+
+    def _emitted(
+        self,
+        step: HostStep,
+        batch: InputBatch,
+        result: ScoreResult,
+        top: npt.NDArray[np.int32] | None,
+        began: float,
+    ) -> None:
+        """What a step emitted is remembered, shown and counted."""
+        spec, layout, history = self._spec, step.layout, self._history
+        slots = batch.idx_mapping_np
+        step.emitted_from = result.rows[np.arange(len(result.lengths)), result.lengths - 1]
+        sampled = (batch.num_computed_tokens_np + batch.num_scheduled_tokens) >= (
+            batch.prefill_len_np
+        )
         if top is not None:
             roots = history.tokens[slots, np.asarray(layout.root_positions)]
             scopes = spec.parts.scorer.scopes(batch.req_ids)
             show(spec.parts.drafter, layout, roots, sampled, top, result, scopes)
         history.append(slots, result.tokens, np.where(sampled, result.lengths, 0))
         count_step(spec, step, result, batch.req_ids, sampled, began)
-        return _output(rows, batch, result, runner.req_states.prefill_len.gpu)
-
-    def sampled(self, logits: torch.Tensor, batch: InputBatch, output: SamplerOutput) -> NoReturn:
-        raise AssertionError("steps without drafts are sampled here too")
 
     # ------------------------------------------------------------ drafting
 

@@ -133,11 +133,10 @@ class TreeRunner(_Runner):
         self.model_state = mixed(self.model_state, TreeModelState, self)
         self.sampler = mixed(self.sampler, TreeSampler, self)
         self.rejection_sampler = mixed(self.rejection_sampler, TreeRejectionSampler, self)
-        if self.scheduler_config.async_scheduling:
-            # Drafts are chosen with the noise of positions to come, and whether a step
-            # verifies any depends on them. So every step has to draw with that noise,
-            # which the fused sampler does not: the text would be biased.
-            self.sampler.use_flashinfer = False
+        # Drafts are chosen with the noise of positions to come, and whether a step
+        # verifies any depends on them. So every step has to draw with that noise,
+        # which the fused sampler does not: the text would be biased.
+        self.sampler.use_flashinfer = False
 
     @property
     def spec_sampler(self) -> Sampler:
