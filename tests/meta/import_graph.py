@@ -40,7 +40,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("policies", "proposers", "scorers"),
     ("vllm",),  # its __init__ is documentation
     ("vllm.compat",),
-    ("vllm.cpu_kernels", "vllm.tree_attention", "vllm.verification"),
+    ("vllm.cpu_kernels", "vllm.verification"),
+    ("vllm.tree_attention",),
     ("vllm.kv_cache",),
     ("vllm.runner",),
     ("vllm.runner_v1",),

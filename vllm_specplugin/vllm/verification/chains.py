@@ -56,5 +56,5 @@ def accept_chains(
     counts = torch.empty(2, requests, dtype=torch.int32, device=device)
     accepted = Accepted(chosen.new_empty(requests, most + 3), *counts)
     given = (chosen, drafted, starts, slots, limits, seq_lens, prefill_lens)
-    launch("chains.accept", (requests,), (*accepted, *given), MOST=most)
+    launch("accept", (requests,), (*accepted, *given), MOST=most)
     return accepted

@@ -1,13 +1,9 @@
-"""Running the kernels of this folder: Triton's on a device, compiled twins on a CPU.
-
-The kernels of a module ``x`` are in ``_x_triton``, their twins by the same names in
-``_x_numba``.
-"""
+"""Running the kernels of this folder: Triton's on a device, compiled twins of the same
+names on a CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 
 import torch
 
@@ -24,7 +20,7 @@ def launch(
     """Runs a kernel.
 
     Args:
-        kernel: ``"module.name"``.
+        kernel: its name.
         grid: programs; a twin goes through all of them.
         tensors: contiguous, all on one device.
         scalars: further arguments.
@@ -42,10 +38,11 @@ def run_kernel(
     constants: dict[str, int],
 ) -> None:
     """On a device, or in Triton's interpreter."""
-    module, name = kernel.split(".")
-    kernels = import_module(f"{__package__}._{module}_triton")
+    from vllm_specplugin.vllm.verification import _chains_triton, _trees_triton
+
+    found = getattr(_trees_triton, kernel, None) or getattr(_chains_triton, kernel)
     # A program has one row of at most a few dozen nodes.
-    getattr(kernels, name)[grid](*tensors, *scalars, **constants, num_warps=1)
+    found[grid](*tensors, *scalars, **constants, num_warps=1)
 
 
 def run_twin(
@@ -56,10 +53,11 @@ def run_twin(
     constants: dict[str, int],
 ) -> None:
     """On a CPU."""
+    from vllm_specplugin.vllm.verification import _chains_numba, _trees_numba
+
     del grid, constants
-    module, name = kernel.split(".")
-    twins = import_module(f"{__package__}._{module}_numba")
-    getattr(twins, name)(*(tensor.numpy() for tensor in tensors), *scalars)
+    found = getattr(_trees_numba, kernel, None) or getattr(_chains_numba, kernel)
+    found(*(tensor.numpy() for tensor in tensors), *scalars)
 
 
 def block_of(nodes: int) -> int:

@@ -70,7 +70,7 @@ def keep(
     tensors = (kept_tokens, kept_parents, shown, tokens, parents, slots, limits, chains)
     nodes = tokens.shape[1]
     launch(
-        "trees.keep", (len(slots),), [t.contiguous() for t in tensors], [vocab],
+        "keep", (len(slots),), [t.contiguous() for t in tensors], [vocab],
         NODES=nodes, BLOCK=block_of(nodes),
     )  # fmt: skip
     return shown
@@ -100,7 +100,7 @@ def lay_out(
     """
     _, nodes, words = ancestors.shape
     launch(
-        "trees.lay_out",
+        "lay_out",
         (len(num_nodes), words),
         (tokens, parents, depths, ancestors, num_nodes, kept_tokens, kept_parents, slots, starts),
         [len(slots)],
@@ -127,7 +127,7 @@ def place(
     tensors = (positions, query_start_loc, depths, num_nodes)
     nodes = depths.shape[1]
     grid = (len(query_start_loc) - 1,)
-    launch("trees.place", grid, tensors, NODES=nodes, BLOCK=block_of(nodes))
+    launch("place", grid, tensors, NODES=nodes, BLOCK=block_of(nodes))
 
 
 def walk(
@@ -174,7 +174,7 @@ def walk(
     refused = made(0, dtype=torch.bool) if invalid is None else invalid
     given = (chosen, inputs, refused, tokens, parents, starts, slots, seq_lens, prefill_lens)
     launch(
-        "trees.walk",
+        "walk",
         (requests,),
         (*walked, *given),
         NODES=nodes,
