@@ -18,6 +18,8 @@ import torch
 from vllm_specplugin.vllm.kv_cache.rows import KVRows, compact_reference
 from vllm_specplugin.vllm.tree_attention import gpu_kernel as kernel
 from vllm_specplugin.vllm.tree_attention import gpu_reference as reference
+from vllm_specplugin.vllm.tree_attention.device_trees import DeviceTrees
+from vllm_specplugin.vllm.verification import launch, trees
 
 __all__ = ["compare", "time_attention", "time_moves"]
 
@@ -25,18 +27,19 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Largest difference allowed, of values around 1."""
 
 
-def _paged() -> ModuleType:
-    path = Path(__file__).parents[1] / "vllm" / "paged.py"
-    spec = importlib.util.spec_from_file_location("specplugin_paged", path)
+def _beside(name: str) -> ModuleType:
+    """A file of the tests with vLLM, without vLLM."""
+    path = Path(__file__).parents[1] / "vllm" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"specplugin_{name}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["specplugin_paged"] = module
+    sys.modules[f"specplugin_{name}"] = module
     spec.loader.exec_module(module)
     return module
 
 
-paged = _paged()
+paged = _beside("paged")
 
 
 def _on(call: Any, device: str) -> Any:
@@ -121,6 +124,7 @@ def _checks(device: str, small: bool) -> Iterator[Callable[[], dict[str, Any]]]:
         return _on(paged.random_call(case), device), {}
 
     yield lambda: {"case": "moving of rows", "ok": _moves_agree(device)}
+    yield partial(_steps_agree, device)
     yield lambda: {"case": "replayed graph", **_replay(device, small)}
     for name, case in _shapes(small):
         for all_rows in (False, True):
@@ -128,6 +132,38 @@ def _checks(device: str, small: bool) -> Iterator[Callable[[], dict[str, Any]]]:
     for name, whole in (("fp8 cache", False), ("fp8 cache and query", True)):
         quantised = partial(_quantised, device, whole)
         yield partial(_row, name, torch.bfloat16, True, quantised)
+
+
+def _steps_agree(device: str) -> dict[str, Any]:
+    """Keeping, laying out, placing and walking trees, and accepting chains: the kernels
+    against the rule in words, and each other."""
+    row: dict[str, Any] = {"case": "steps with trees"}
+    try:
+        cases = _beside("tree_cases")
+        launch.run_twin = launch.run_kernel  # in the interpreter
+        wrong = [seed for seed in range(20) if not _step_agrees(cases.tree_case(seed), device)]
+    except Exception as error:
+        return {**row, "ok": False, "error": f"{type(error).__name__}: {error}"[:500]}
+    return {**row, "ok": not wrong, "wrong": wrong}
+
+
+def _step_agrees(case: Any, device: str) -> bool:
+    at = {k: v.to(device) for k in case.__slots__ if torch.is_tensor(v := getattr(case, k))}
+    nodes = at["kept_tokens"].shape[1]
+    laid_out = DeviceTrees(len(at["kept_tokens"]), nodes, torch.device(device))
+    laid_out.lay_out(at["kept_tokens"], at["kept_parents"], at["slots"], at["starts"])
+    walked = trees.walk(
+        at["chosen"], at["inputs"], at["invalid"], laid_out.tokens, laid_out.parents,
+        at["starts"], at["slots"], at["seq_lens"], at["prefill_lens"], True,
+    )  # fmt: skip
+    rows, tokens = case.expected(True)
+    return all(
+        walked.path[r].tolist() == own + [0] * (nodes + 1 - len(own))
+        and walked.emitted[r, : len(own)].tolist() == tokens[r]
+        and int(walked.num_sampled[r]) == len(own) * case.samples[r]
+        and laid_out.depths[r, : len(case.trees[r])].tolist() == case.trees[r].depths.tolist()
+        for r, own in enumerate(rows)
+    )
 
 
 def compare(
