@@ -29,7 +29,7 @@ def test_dry_run_compares_kernels_in_the_interpreter(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr[-3000:]
     found = json.loads(file.read_text())
     assert found["a"]["ok"] is True
-    assert len(found["a"]["rows"]) == 12
+    assert len(found["a"]["rows"]) == 13
     assert found["a"]["left_out"] == 0
     assert max(row.get("difference", 0) for row in found["a"]["rows"]) > 0
     assert found["machine"]["triton"]
