@@ -16,7 +16,7 @@ from vllm_specplugin.tools.ab import variants
 from vllm_specplugin.vllm import worker
 from vllm_specplugin.vllm.compat import versions
 from vllm_specplugin.vllm.kv_cache import layout_probe
-from vllm_specplugin.vllm.runner import speculator, state
+from vllm_specplugin.vllm.runner import counted_output, speculator, state
 from vllm_specplugin.vllm.runner.speculator import TreeSpeculator
 
 from .prompts import TARGET
@@ -144,6 +144,10 @@ def test_drafts_that_vllm_skipped_are_not_looked_at(
     one: Any = Ours(follows_native=True)
     one.propose(SimpleNamespace(idx_mapping_np=[1, 0]), None, None, "hidden", **said)
     assert one.shown == [own]
+
+
+def test_the_counted_output_answers_all_that_vllm_asks() -> None:
+    assert not getattr(counted_output.CountedOutput, "__abstractmethods__", None)
 
 
 def test_what_vllm_adds_to_sampling_a_draft_is_passed_on() -> None:

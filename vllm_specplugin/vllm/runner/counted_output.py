@@ -10,7 +10,7 @@ were verified and how many accepted keys and values were moved; vLLM ignores the
 from __future__ import annotations
 
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from vllm.v1.outputs import AsyncModelRunnerOutput
@@ -47,6 +47,10 @@ class CountedOutput(AsyncModelRunnerOutput):
         made = self._output.get_output()
         self.count()
         return made
+
+    def get_kv_connector_output(self) -> Any:
+        """vLLM 0.33 asks for it, 0.32 has no such method."""
+        return getattr(self._output, "get_kv_connector_output")()  # noqa: B009
 
     def count(self) -> None:
         """Counts the step, once; waits for vLLM's copy."""
