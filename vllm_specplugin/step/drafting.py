@@ -33,6 +33,7 @@ from vllm_specplugin.step.calibration import Calibration
 from vllm_specplugin.step.draft_request import DraftInputs, DraftRequest
 from vllm_specplugin.step.drafted import Drafted
 from vllm_specplugin.step.failures import Failures
+from vllm_specplugin.step.policy_choice import kept_nodes
 from vllm_specplugin.step.trace import TraceWriter
 from vllm_specplugin.telemetry.counters import SpecMetrics
 from vllm_specplugin.trees.batch import Forest, warm_up
@@ -348,15 +349,7 @@ class Drafter:
             step=self._step,
         )
         try:
-            keep = np.asarray(self.policy.trim(ctx))
-            if keep.shape != (len(forest),) or keep.dtype != np.bool_:
-                raise ValueError(
-                    complain(
-                        f"a choice of shape {keep.shape} and type {keep.dtype}",
-                        f"a boolean for each of {len(forest)} nodes",
-                        "return a mask over the nodes",
-                    )
-                )
+            keep = kept_nodes(self.policy, ctx)
             if not likely.closed(keep):
                 raise ValueError(
                     complain(

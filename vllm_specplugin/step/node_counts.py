@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_specplugin.api import BudgetContext, PolicyBase, StepOutcome, TrimContext
-from vllm_specplugin.errors import complain
 from vllm_specplugin.step.failures import Failures
 from vllm_specplugin.step.forecast import Forecast, SurvivalForecast
+from vllm_specplugin.step.policy_choice import kept_nodes
 
 __all__ = ["NodeCounts", "StepRecord", "StepTokens"]
 
@@ -208,19 +208,9 @@ class NodeCounts:
             step=record.number,
         )
         try:
-            kept = np.asarray(self._policy.trim(ctx))
-            if kept.shape != (nodes,) or kept.dtype != np.bool_:
-                raise ValueError(
-                    complain(
-                        f"a choice of shape {kept.shape} and type {kept.dtype}",
-                        f"a boolean for each of {nodes} nodes",
-                        "return a mask over the nodes",
-                    )
-                )
+            keep[shown] = kept_nodes(self._policy, ctx)
         except Exception as error:
             self._failures.add("policy_error", error)
-            return keep
-        keep[shown] = kept
         return keep
 
     def drafts(

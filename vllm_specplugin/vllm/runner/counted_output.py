@@ -39,7 +39,7 @@ class CountedOutput(AsyncModelRunnerOutput):
         self._parts = spec.parts  # not those of a later reset
         self._req_ids = output.model_runner_output.req_ids
         self._lock = Lock()
-        self.counted = False
+        self._counted = False
         spec.count_later(self)
 
     def get_output(self) -> ModelRunnerOutput:
@@ -56,8 +56,8 @@ class CountedOutput(AsyncModelRunnerOutput):
         """Counts the step, once; waits for vLLM's copy."""
         self._output.copy_event.synchronize()
         with self._lock:
-            if not self.counted:
-                self.counted = True
+            if not self._counted:
+                self._counted = True
                 self._count()
 
     def _count(self) -> None:

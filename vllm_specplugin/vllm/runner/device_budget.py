@@ -106,17 +106,9 @@ class DeviceBudget:
             counts = self._all_or_none(scheduled) if drafted else {}
         else:  # clocks differ between ranks, and all of them have to do the same
             counts, self.drafting = of_first_rank(partial(self._choose, scheduled, drafted))
-        length = None if self.drafting else 0
-        planned = scheduled.scheduled_spec_decode_tokens
         if scheduled.has_structured_output_requests:
             counts = None  # vLLM has a row of its bitmask for each placeholder
-        if counts is None:
-            if length is None:
-                return scheduled
-            counts = {req_id: len(tokens) for req_id, tokens in planned.items()}
-        elif not planned and length is None:
-            return scheduled
-        return trimmed(scheduled, counts, length)
+        return trimmed(scheduled, counts, None if self.drafting else 0)
 
     def _all_or_none(self, scheduled: SchedulerOutput) -> Counts | None:
         """``None`` for what is planned, if any of it may be verified."""

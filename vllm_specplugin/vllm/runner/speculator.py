@@ -42,37 +42,21 @@ class TreeSpeculator:
     ) -> torch.Tensor:
         """``[requests, num_speculative_tokens]`` int64, -1 nowhere: what is not
         drafted is not scheduled, or never accepted."""
-        with self.spec_runner.spec_path.timing():
-            return self._propose(
-                input_batch, attn_metadata, slot_mappings, last_hidden_states, *args, **kwargs
-            )
-
-    def _propose(
-        self,
-        input_batch: InputBatch,
-        attn_metadata: Any,
-        slot_mappings: Any,
-        last_hidden_states: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        runner, step = self.spec_runner, step_of(input_batch)
-        own = None
-        if runner.spec.parts.follows_native:
-            temperatures = runner.spec_sampler.sampling_states.temperature.np
-            self.spec_greedy = not temperatures[input_batch.idx_mapping_np].any()
-            # Also where nothing is to be drafted: it follows the target's text.
-            own = super().propose(  # type: ignore[misc]
-                input_batch, attn_metadata, slot_mappings, last_hidden_states, *args, **kwargs
-            )
-            if kwargs.get("num_speculative_tokens") == 0:
-                own = None  # an old buffer: no request of the step can use drafts
-        if step is None:
-            shape = (input_batch.num_reqs, runner.num_speculative_steps)
-            return (
-                torch.zeros(shape, dtype=torch.int64, device=runner.device) if own is None else own
-            )
-        return runner.spec_path.draft(step, input_batch, own, last_hidden_states)
+        runner, step, own = self.spec_runner, step_of(input_batch), None
+        with runner.spec_path.timing():
+            if runner.spec.parts.follows_native:
+                temperatures = runner.spec_sampler.sampling_states.temperature.np
+                self.spec_greedy = not temperatures[input_batch.idx_mapping_np].any()
+                # Also where nothing is to be drafted: it follows the target's text.
+                own = super().propose(  # type: ignore[misc]
+                    input_batch, attn_metadata, slot_mappings, last_hidden_states, *args, **kwargs
+                )
+                if kwargs.get("num_speculative_tokens") == 0:
+                    own = None  # an old buffer: no request of the step can use drafts
+            if step is not None:
+                return runner.spec_path.draft(step, input_batch, own, last_hidden_states)
+        shape = (input_batch.num_reqs, runner.num_speculative_steps)
+        return torch.zeros(shape, dtype=torch.int64, device=runner.device) if own is None else own
 
     def sample_draft(
         self,

@@ -61,16 +61,11 @@ def draft_on_first_rank(
         SystemExit: this rank laid out other trees than the first. vLLM hears exceptions
             of the first rank only; that another one has ended makes it shut down.
     """
-    group = get_tp_group()
-    if group.world_size == 1:
-        return drafter.draft(requests, inputs)
-    drafted = (drafter.draft(requests, inputs), laid_out) if group.is_first_rank else None
-    trees: Sequence[DraftTree]
-    trees, expected = group.broadcast_object(drafted, src=0)
+    trees, expected = of_first_rank(lambda: (drafter.draft(requests, inputs), laid_out))
     if laid_out != expected:
         logger.critical(
             complain(
-                f"rank {group.rank_in_group} laid out draft trees with hash "
+                f"rank {get_tp_group().rank_in_group} laid out draft trees with hash "
                 f"{laid_out:08x}, rank 0 with {expected:08x}",
                 "the same trees on every rank",
                 "restart, and report it with the log of all ranks; "

@@ -17,17 +17,22 @@ __all__ = ["trimmed"]
 
 
 def trimmed(
-    scheduled: SchedulerOutput, counts: Mapping[str, int], length: int | None = None
+    scheduled: SchedulerOutput, counts: Mapping[str, int] | None, length: int | None
 ) -> SchedulerOutput:
     """A step with fewer drafts. The original is left alone: with one rank it is the
     scheduler's own.
 
     Args:
         scheduled: the step.
-        counts: drafts of each request that keeps some, at most as many as planned.
+        counts: drafts of each request that keeps some, at most as many as planned;
+            ``None`` for all.
         length: how many are to be drafted at its end; ``None`` for what is planned.
     """
+    if length is not None:
+        scheduled = replace(scheduled, num_spec_tokens_to_schedule=length)
     planned = scheduled.scheduled_spec_decode_tokens
+    if counts is None or not planned:
+        return scheduled
     drafts = {
         req_id: tokens[:count]
         for req_id, tokens in planned.items()
@@ -42,7 +47,4 @@ def trimmed(
         scheduled_spec_decode_tokens=drafts,
         num_scheduled_tokens=tokens,
         total_num_scheduled_tokens=sum(tokens.values()),
-        num_spec_tokens_to_schedule=(
-            scheduled.num_spec_tokens_to_schedule if length is None else length
-        ),
     )

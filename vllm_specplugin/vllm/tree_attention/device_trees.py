@@ -20,9 +20,9 @@ import torch
 
 from vllm_specplugin.vllm.verification.trees import lay_out
 
-__all__ = ["WORD", "DeviceTrees"]
+__all__ = ["DeviceTrees"]
 
-WORD = 64
+_WORD = 64
 
 
 class DeviceTrees:
@@ -38,7 +38,7 @@ class DeviceTrees:
         def buffer(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(max_requests, *shape, dtype=dtype, device=device)
 
-        words = -(-max_nodes // WORD)
+        words = -(-max_nodes // _WORD)
         self.max_nodes = max_nodes
         self.ancestors = buffer(max_nodes, words)
         self.num_nodes = buffer(dtype=torch.int32)

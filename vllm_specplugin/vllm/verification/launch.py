@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["block_of", "launch", "run_kernel", "run_twin"]
+__all__ = ["block_of", "launch", "run_twin", "uses_twins"]
 
 
 def launch(
@@ -26,18 +26,9 @@ def launch(
         scalars: further arguments.
         constants: what Triton compiles in; a twin reads it off the tensors.
     """
-    run = run_twin if tensors[0].device.type == "cpu" else run_kernel
-    run(kernel, grid, tensors, scalars, constants)
-
-
-def run_kernel(
-    kernel: str,
-    grid: tuple[int, ...],
-    tensors: Sequence[torch.Tensor],
-    scalars: Sequence[int],
-    constants: dict[str, int],
-) -> None:
-    """On a device, or in Triton's interpreter."""
+    if uses_twins(tensors[0].device):
+        run_twin(kernel, tensors, scalars)
+        return
     from vllm_specplugin.vllm.verification import _chains_triton, _trees_triton
 
     found = getattr(_trees_triton, kernel, None) or getattr(_chains_triton, kernel)
@@ -45,17 +36,16 @@ def run_kernel(
     found[grid](*tensors, *scalars, **constants, num_warps=1)
 
 
-def run_twin(
-    kernel: str,
-    grid: tuple[int, ...],
-    tensors: Sequence[torch.Tensor],
-    scalars: Sequence[int],
-    constants: dict[str, int],
-) -> None:
+def uses_twins(device: torch.device) -> bool:
+    """Whether twins run there; not in Triton's interpreter, which tests put in their
+    place."""
+    return device.type == "cpu"
+
+
+def run_twin(kernel: str, tensors: Sequence[torch.Tensor], scalars: Sequence[int]) -> None:
     """On a CPU."""
     from vllm_specplugin.vllm.verification import _chains_numba, _trees_numba
 
-    del grid, constants
     found = getattr(_trees_numba, kernel, None) or getattr(_chains_numba, kernel)
     found(*(tensor.numpy() for tensor in tensors), *scalars)
 
